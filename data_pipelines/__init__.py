@@ -1,0 +1,1 @@
+"""Ray Data sources, metadata tables, folds and batch scoring."""

@@ -1,0 +1,1 @@
+"""A Ray cluster on this machine: start, stop, and the demo that runs on it."""

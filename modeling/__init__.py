@@ -1,0 +1,1 @@
+"""Networks, fusion, metrics, bundles and engines. Never imports ray."""

@@ -1,0 +1,1 @@
+"""Prediction log, drift reports, alarms and the promotion gate."""

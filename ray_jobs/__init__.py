@@ -1,0 +1,1 @@
+"""One file per verb, run with `python -m ray_jobs.<verb>`."""

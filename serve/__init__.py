@@ -1,0 +1,1 @@
+"""The Serve graph. Bare `serve` means Ray Serve; import from `serve.<module>`."""

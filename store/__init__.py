@@ -1,0 +1,1 @@
+"""The database: schema, writes, spool and image files. Never imports ray."""
