@@ -97,6 +97,9 @@ def _flag_value(model: type[BaseModel], dotted: str, text: str) -> Any:
             return None
         base = dermray_home() if os.environ.get(_SUBMITTED) else Path.cwd()
         return resolve_location(text, base)
+    if field is not None and not rest and str in (field.annotation, *typing.get_args(field.annotation)):
+        # `--model 7` and `--reason "retrained: more sites"` are text, whatever YAML would make of them.
+        return None if text == "null" and field.annotation is not str else text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -181,7 +184,13 @@ def say(message: str) -> None:
 
 
 def _usage(verb: str, model: type[BaseModel], module_doc: str | None) -> str:
-    lines = [f"python -m ray_jobs.{verb} [--config FILE] [--field value ...]", "", (module_doc or "").strip(), "", "fields:"]
+    lines = [
+        f"python -m ray_jobs.{verb} [--config FILE] [--field value ...]",
+        "",
+        (module_doc or "").strip(),
+        "",
+        "fields:",
+    ]
     for name, field in model.model_fields.items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         lines.append(f"  --{name}  {field.description or ''} ({default})"[:200])
@@ -233,5 +242,9 @@ def connect_ray(num_cpus: int | None = None) -> None:
         ray.init(runtime_env=environment, log_to_driver=True, logging_level="warning")
     else:
         ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=False, runtime_env=environment, logging_level="warning"
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            runtime_env=environment,
+            logging_level="warning",
         )
