@@ -1,0 +1,120 @@
+"""Connects to SQLite or PostgreSQL and makes sure that the schema is there, whoever comes first."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sql
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+from store.tables import SCHEMA_VERSION, schema, schema_version
+
+BUSY_TIMEOUT_MS = 15_000
+# Any fixed number: the key under which PostgreSQL serialises schema creation and the audit chain.
+ADVISORY_LOCK = 0x6465726D
+
+
+def connect(url: str) -> Engine:
+    """An engine on a store whose schema is the one of this code, created where the database is empty.
+
+    Raises:
+        ValueError: not a store URL, a folder that cannot be made, a file that is no SQLite database, a database of
+            something else, or a store of another schema version.
+        sqlalchemy.exc.OperationalError: the database does not answer.
+    """
+    try:
+        parsed = make_url(url)
+    except exc.ArgumentError:
+        raise ValueError(f"store_url is {url!r}; expected sqlite:///PATH or postgresql+psycopg://...") from None
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        engine = sql.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        with _disposed_on_error(engine), engine.begin() as connection:
+            connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+            _create_or_check(connection, url)
+        return engine
+    if backend != "sqlite":
+        raise ValueError(f"store_url {url!r} names {backend}; expected sqlite or postgresql")
+    return _connect_sqlite(parsed, url)
+
+
+def _connect_sqlite(parsed: URL, url: str) -> Engine:
+    if not parsed.database or parsed.database == ":memory:" or not os.path.isabs(parsed.database):
+        raise ValueError(f"store_url {url!r} names no absolute file; expected sqlite:////absolute/path.db")
+    path = Path(parsed.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"store_url {url!r}: folder {path.parent} cannot be made: {error.strerror}") from error
+    engine = sql.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    # The switch to WAL does not wait for the busy timeout, so first openers go one by one.
+    with _disposed_on_error(engine), _file_lock(path.with_name(path.name + ".lock")):
+        try:
+            with engine.execution_options(dermray_write=True).begin() as connection:
+                _create_or_check(connection, url)
+        except exc.DatabaseError as error:
+            if "not a database" in str(error.orig):
+                raise ValueError(f"store {path} is not an SQLite database") from error
+            raise
+    return engine
+
+
+@contextmanager
+def _disposed_on_error(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"store folder {path.parent} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _configure_sqlite(connection, _record) -> None:
+    # Python's own implicit BEGIN leaves DDL outside the transaction; `_begin_sqlite` begins instead.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        if cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+    finally:
+        cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("dermray_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _create_or_check(connection: Connection, url: str) -> None:
+    existing = set(sql.inspect(connection).get_table_names())
+    if not existing:
+        schema.create_all(connection)
+        connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
+        return
+    name = make_url(url).render_as_string(hide_password=True)
+    if schema_version.name not in existing:
+        raise ValueError(f"store {name} holds other tables ({', '.join(sorted(existing)[:3])}, ...); expected a store")
+    found = connection.execute(sql.select(sql.func.max(schema_version.c.version))).scalar()
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"store {name} has schema version {found}; this release reads version {SCHEMA_VERSION}")

@@ -1,0 +1,229 @@
+"""Opens the store and holds every write to it: one transaction per call, safe to repeat.
+
+Several processes share one SQLite file (WAL, one writer at a time); PostgreSQL is chosen by URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Engine
+
+from store import audit_chain
+from store.connection import ADVISORY_LOCK, connect
+from store.tables import alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
+
+_PAGE_ROWS = 2_000
+
+
+class StoreUnavailableError(RuntimeError):
+    """The database or the image store did not take a write or answer a read; the same call may succeed later."""
+
+
+def open_store(url: str) -> Store:
+    """Opens the store at a SQLAlchemy URL, making folder, file and schema where there are none.
+
+    Raises:
+        ValueError: not a store, or a store of another schema version.
+        StoreUnavailableError: the database does not answer.
+    """
+    try:
+        return Store(connect(url))
+    except (exc.OperationalError, exc.InterfaceError) as error:
+        raise StoreUnavailableError(f"store cannot be opened: {error.orig}") from error
+
+
+def _row(mapping: sql.RowMapping) -> dict[str, Any]:
+    return dict(mapping)
+
+
+class Store:
+    """Reads and writes of one database. Thread-safe; open one per process with `open_store`."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        # Writers take SQLite's lock at BEGIN: a transaction that turns from reading to writing fails at once
+        # with SQLITE_BUSY, whatever the busy timeout, when another process wrote in between.
+        self._writer = engine.execution_options(dermray_write=True)
+        dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+        self._insert = dialect.insert
+
+    @property
+    def url(self) -> str:
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        """Closes the connections; the store may be used again after."""
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection for SELECTs.
+
+        Raises:
+            StoreUnavailableError: the database does not answer.
+        """
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except (exc.OperationalError, exc.InterfaceError) as error:
+            raise StoreUnavailableError(f"store {self.url} cannot be read: {error.orig}") from error
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One write transaction: committed and on disk when the block ends, rolled back when it raises.
+
+        Raises:
+            StoreUnavailableError: locked beyond the busy timeout, disk full, or the database is gone.
+        """
+        try:
+            with self._writer.begin() as connection:
+                yield connection
+        except (exc.OperationalError, exc.InterfaceError) as error:
+            raise StoreUnavailableError(f"store {self.url} took no write: {error.orig}") from error
+
+    # Predictions
+
+    def insert_predictions(self, rows: Sequence[dict[str, Any]], image_rows: Sequence[dict[str, Any]] = ()) -> int:
+        """Writes prediction rows, and rows of their images, in one transaction; returns how many were new.
+
+        A row whose id, or whose (caller, idempotency_key), is already stored is left as it was.
+        """
+        with self.writing() as connection:
+            if image_rows:
+                connection.execute(self._insert(images).on_conflict_do_nothing(), list(image_rows))
+            if not rows:
+                return 0
+            return connection.execute(self._insert(predictions).on_conflict_do_nothing(), list(rows)).rowcount
+
+    def find_prediction(self, prediction_id: str) -> dict[str, Any] | None:
+        """The prediction row with this id, or None."""
+        with self.reading() as connection:
+            found = connection.execute(sql.select(predictions).where(predictions.c.id == prediction_id)).mappings()
+            return next(map(_row, found), None)
+
+    def find_by_idempotency_key(self, caller: str, key: str) -> dict[str, Any] | None:
+        """The prediction row this caller stored under this idempotency key, or None."""
+        query = sql.select(predictions).where(predictions.c.caller == caller, predictions.c.idempotency_key == key)
+        with self.reading() as connection:
+            return next(map(_row, connection.execute(query).mappings()), None)
+
+    def predictions_between(self, start_us: int, end_us: int, role: str = "champion") -> Iterator[dict[str, Any]]:
+        """Prediction rows with start_us <= received_at < end_us, by (received_at, id), read page by page."""
+        table = predictions.c
+        after: tuple[int, str] = (start_us, "")
+        while True:
+            query = (
+                sql.select(predictions)
+                .where(table.role == role, table.received_at >= after[0], table.received_at < end_us)
+                .where(sql.or_(table.received_at > after[0], table.id > after[1]))
+                .order_by(table.received_at, table.id)
+                .limit(_PAGE_ROWS)
+            )
+            with self.reading() as connection:
+                page = [_row(row) for row in connection.execute(query).mappings()]
+            yield from page
+            if len(page) < _PAGE_ROWS:
+                return
+            after = (page[-1]["received_at"], page[-1]["id"])
+
+    def image_suffix(self, image_hash: str) -> str | None:
+        """File suffix of a stored image, or None when the hash is unknown."""
+        with self.reading() as connection:
+            return connection.execute(sql.select(images.c.suffix).where(images.c.hash == image_hash)).scalar()
+
+    def label_watermark(self, start_us: int, end_us: int) -> int:
+        """Highest label id among the predictions received in [start_us, end_us); 0 without labels."""
+        joined = labels.join(predictions, labels.c.prediction_id == predictions.c.id)
+        query = (
+            sql.select(sql.func.max(labels.c.id))
+            .select_from(joined)
+            .where(predictions.c.received_at >= start_us, predictions.c.received_at < end_us)
+        )
+        with self.reading() as connection:
+            return connection.execute(query).scalar() or 0
+
+    # Monitoring
+
+    def upsert_drift_report(self, row: dict[str, Any]) -> bool:
+        """Writes one row per (window, model, reference, label watermark); returns False if it already read so.
+
+        `created_at` is set on the first write and kept; an equal row is not written again.
+        """
+        key = ("window_start", "window_end", "model_version", "reference", "label_watermark")
+        same_key = sql.and_(*(drift_reports.c[name] == row[name] for name in key))
+        with self.writing() as connection:
+            stored = connection.execute(sql.select(drift_reports).where(same_key)).mappings().first()
+            if stored is not None and all(stored[name] == value for name, value in row.items()):
+                return False
+            statement = self._insert(drift_reports).values(created_at=now_us(), **row)
+            update = {name: statement.excluded[name] for name in row if name not in key}
+            connection.execute(statement.on_conflict_do_update(index_elements=list(key), set_=update))
+            return True
+
+    def drift_reports(self, start_us: int | None = None, end_us: int | None = None) -> list[dict[str, Any]]:
+        """Drift rows by window, model and label watermark; optionally only windows inside [start_us, end_us]."""
+        table = drift_reports.c
+        query = sql.select(drift_reports).order_by(table.window_start, table.model_version, table.label_watermark)
+        if start_us is not None:
+            query = query.where(table.window_start >= start_us)
+        if end_us is not None:
+            query = query.where(table.window_end <= end_us)
+        with self.reading() as connection:
+            return [_row(row) for row in connection.execute(query).mappings()]
+
+    def raise_alarm(self, row: dict[str, Any]) -> bool:
+        """Stores an alarm unless its `dedupe_key` is known; returns whether it is new."""
+        statement = self._insert(alarms).values(**{"raised_at": now_us(), **row})
+        with self.writing() as connection:
+            return connection.execute(statement.on_conflict_do_nothing()).rowcount == 1
+
+    def alarms(self, unacknowledged_only: bool = False) -> list[dict[str, Any]]:
+        """Alarms, newest first."""
+        query = sql.select(alarms).order_by(alarms.c.raised_at.desc(), alarms.c.id.desc())
+        if unacknowledged_only:
+            query = query.where(alarms.c.acknowledged_at.is_(None))
+        with self.reading() as connection:
+            return [_row(row) for row in connection.execute(query).mappings()]
+
+    # Decisions
+
+    def append_audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> dict[str, Any]:
+        """Adds one entry to the audit chain and returns it."""
+        with self.writing() as connection:
+            return self._append_audit(connection, actor, action, subject, detail)
+
+    def _append_audit(self, connection: Connection, actor: str, action: str, subject: str, detail: dict) -> dict:
+        if self.engine.dialect.name == "postgresql":
+            connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+        last = connection.execute(sql.select(audit).order_by(audit.c.id.desc()).limit(1)).mappings().first()
+        entry = audit_chain.next_entry(last, now_us(), actor, action, subject, detail)
+        connection.execute(sql.insert(audit).values(**entry))
+        return entry
+
+    def audit_entries(self) -> list[dict[str, Any]]:
+        """The audit chain, oldest first; `audit_chain.verify` checks it."""
+        with self.reading() as connection:
+            return [_row(row) for row in connection.execute(sql.select(audit).order_by(audit.c.id)).mappings()]
+
+    def record_approval(
+        self, model_version: str, approver: str, reason: str, decision: str = "promote", gate: dict | None = None
+    ) -> int:
+        """Stores a named person's decision on a model version, with its audit entry; returns the approval's id."""
+        values = {"model_version": model_version, "approver": approver, "reason": reason, "decision": decision}
+        with self.writing() as connection:
+            result = connection.execute(sql.insert(approvals).values(**values, gate=gate or {}, decided_at=now_us()))
+            detail = {"reason": reason, "gate": gate or {}}
+            self._append_audit(connection, approver, decision, f"model/{model_version}", detail)
+            return result.inserted_primary_key[0]
+
+    def approvals(self) -> list[dict[str, Any]]:
+        """Approvals, newest first."""
+        with self.reading() as connection:
+            rows = connection.execute(sql.select(approvals).order_by(approvals.c.id.desc())).mappings()
+            return [_row(row) for row in rows]

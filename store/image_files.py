@@ -1,0 +1,209 @@
+"""Image files by content hash: written whole or not at all, on disk when `put` returns, stripped of metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import fsspec
+import numpy as np
+
+_JPEG_START, _PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+# Inside entropy-coded data an 0xFF is followed by 0x00 or a restart marker; anything else ends the data.
+_SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as it will be kept: `data` without metadata, `hash` = hex SHA-256 of `data`, `suffix` .jpg or .png."""
+
+    hash: str
+    data: bytes
+    suffix: str
+
+
+def prepare_image(data: bytes) -> StoredImage:
+    """What is kept of an uploaded picture: a JPEG without its metadata, any other format as 8-bit colour PNG.
+
+    Raises:
+        ValueError: not a picture that can be decoded.
+    """
+    if data[:2] == _JPEG_START:
+        kept, suffix = strip_jpeg_metadata(data), ".jpg"
+    else:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+        if picture is None:
+            raise ValueError("image: not a decodable picture")
+        kept, suffix = cv2.imencode(".png", picture)[1].tobytes(), ".png"
+    return StoredImage(hashlib.sha256(kept).hexdigest(), kept, suffix)
+
+
+def image_suffix(data: bytes) -> str:
+    """`.jpg` or `.png`, told from the first bytes.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if data[:2] == _JPEG_START:
+        return ".jpg"
+    if data[:8] == _PNG_START:
+        return ".png"
+    raise ValueError("image is neither JPEG nor PNG; prepare_image makes one of them")
+
+
+def strip_jpeg_metadata(data: bytes) -> bytes:
+    """Drops EXIF, XMP, IPTC, colour profiles, thumbnails, comments and anything after the picture.
+
+    The compressed picture is copied, not encoded again; the EXIF orientation is kept, alone, because decoders turn
+    the picture by it and the model saw it turned.
+
+    Raises:
+        ValueError: not a complete JPEG.
+    """
+    if data[:2] != _JPEG_START:
+        raise ValueError("not a JPEG: no start-of-image marker")
+    kept, orientation, at = [], 1, 2
+    while True:
+        # Any number of 0xFF may stand before a marker.
+        while data[at : at + 2] == b"\xff\xff":
+            at += 1
+        if len(data) < at + 2 or data[at] != 0xFF:
+            raise ValueError("JPEG is damaged or cut off before its end-of-image marker")
+        marker = data[at + 1]
+        if marker == 0xD9:
+            break
+        length = struct.unpack(">H", data[at + 2 : at + 4])[0] if len(data) >= at + 4 else 0
+        end = at + 2 + length
+        if length < 2 or end > len(data):
+            raise ValueError("JPEG is damaged or cut off before its end-of-image marker")
+        segment = data[at:end]
+        if marker == 0xDA:
+            found = _SCAN_END.search(data, end)
+            if found is None:
+                raise ValueError("JPEG is cut off: no end-of-image marker")
+            kept.append(data[at : found.start()])
+            end = found.start()
+        elif marker == 0xE0 and segment[4:9] == b"JFIF\0" and length >= 16:
+            # JFIF's header says how pixels are shaped; its thumbnail may show what was cropped away.
+            kept.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\0\0")
+        elif marker == 0xE1:
+            orientation = _exif_orientation(segment[4:]) or orientation
+        elif marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(segment)  # APP14 tells decoders the colour transform
+        at = end
+    head = _JPEG_START if orientation == 1 else _JPEG_START + _orientation_segment(orientation)
+    return head + b"".join(kept) + b"\xff\xd9"
+
+
+def _exif_orientation(payload: bytes) -> int | None:
+    if payload[:6] != b"Exif\0\0":
+        return None
+    tiff = payload[6:]
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return None
+    start = struct.unpack(order + "I", tiff[4:8])[0]
+    if len(tiff) < start + 2:
+        return None
+    for index in range(struct.unpack(order + "H", tiff[start : start + 2])[0]):
+        field = tiff[start + 2 + 12 * index : start + 14 + 12 * index]
+        if len(field) < 12:
+            return None
+        tag, _, _, value = struct.unpack(order + "HHIH", field[:10])
+        if tag == _ORIENTATION_TAG:
+            return value if 1 <= value <= 8 else None
+    return None
+
+
+def _orientation_segment(orientation: int) -> bytes:
+    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, _ORIENTATION_TAG, 3, 1, orientation, 0, 0)
+    return b"\xff\xe1" + struct.pack(">H", 8 + len(tiff)) + b"Exif\0\0" + tiff
+
+
+class ImageFiles:
+    """Images at `<url>/<first two of the hash>/<hash><suffix>`, on a local path or any fsspec URL.
+
+    OSError where the place cannot be written or read.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.removeprefix("file://").rstrip("/")
+        self._local = "://" not in self.url
+
+    def path(self, image_hash: str, suffix: str) -> str:
+        return f"{self.url}/{image_hash[:2]}/{image_hash}{suffix}"
+
+    def put(self, data: bytes, suffix: str | None = None) -> str:
+        """Stores one image and returns its hash (hex SHA-256); an image that is there already is left alone."""
+        return self.put_many([data], [suffix])[0]
+
+    def put_many(self, images: Iterable[bytes], suffixes: Iterable[str | None] | None = None) -> list[str]:
+        """Stores images, with one directory sync for all that share a folder; returns their hashes."""
+        images = list(images)
+        hashes, folders = [], set()
+        for data, suffix in zip(images, suffixes or [None] * len(images), strict=True):
+            image_hash = hashlib.sha256(data).hexdigest()
+            path = self.path(image_hash, suffix or image_suffix(data))
+            hashes.append(image_hash)
+            if self._local:
+                folders |= _write_local(Path(path), data)
+            else:
+                filesystem, remote = fsspec.core.url_to_fs(path)
+                if not filesystem.exists(remote):
+                    filesystem.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+                    filesystem.pipe_file(remote, data)
+        for folder in folders:
+            sync_folder(folder)
+        return hashes
+
+    def get(self, image_hash: str, suffix: str) -> bytes:
+        """The bytes of a stored image.
+
+        Raises:
+            FileNotFoundError: no such image.
+        """
+        with fsspec.open(self.path(image_hash, suffix), "rb") as file:
+            return file.read()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable: a rename is on disk only after its folder is synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, syncs it and renames it; the caller syncs the folder."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_local(path: Path, data: bytes) -> set[Path]:
+    """Writes one image; returns the folders still to be synced."""
+    folders = {path.parent}
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folders.add(path.parent.parent)
+    # A file by this name is complete, but the process that renamed it may not have synced the folder yet.
+    if not path.exists():
+        write_synced(path, data)
+    return folders

@@ -1,0 +1,110 @@
+"""Predictions kept in local files while the store does not answer, replayed once it does.
+
+Every append is one file of its own, renamed into place after its bytes are on disk: writers need no lock, and a crash
+leaves at worst a temporary file that nobody was promised.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from store.image_files import sync_folder, write_synced
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[list[dict[str, Any]], dict[str, bytes]], None]
+
+
+class Spool:
+    """A folder of spooled batches, shared by any number of processes of one machine."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+
+    def append(self, rows: Sequence[dict[str, Any]], images: Mapping[str, bytes]) -> Path:
+        """Writes rows and their images (bytes by hash) to disk; they survive a power cut once this returns.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not self.directory.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.directory.parent)
+        lines = [json.dumps({"image": name, "data": _text(data)}) for name, data in images.items()]
+        lines += [json.dumps(_encode(row), allow_nan=False) for row in rows]
+        # Names sort by time, so that replay keeps the order.
+        path = self.directory / f"{time.time_ns():020d}-{uuid.uuid4().hex}.spool"
+        write_synced(path, ("\n".join(lines) + "\n").encode())
+        sync_folder(self.directory)
+        return path
+
+    def pending(self) -> int:
+        """Number of batches that wait for replay."""
+        return len(self._files())
+
+    def replay(self, write: Write) -> int:
+        """Hands every batch, oldest first, to `write(rows, images)` and removes it after; returns the rows written.
+
+        `write` must be idempotent: after a crash, or when two processes replay at once, it sees a batch again. What it
+        raises ends the replay and leaves the batch, except ValueError: a batch that is wrong itself, or has unreadable
+        lines, is kept as `*.damaged`, so that it holds up no other.
+        """
+        written = 0
+        for path in self._files():
+            try:
+                text = path.read_bytes()
+            except FileNotFoundError:
+                continue  # another process replayed it
+            rows, images, unreadable = _decode(text)
+            try:
+                write(rows, images)
+                written += len(rows)
+            except ValueError as error:
+                logger.error("spooled batch %s was refused: %s", path.name, error)
+                unreadable = max(1, unreadable)
+            if unreadable:
+                logger.error(
+                    "spooled batch %s: %d unreadable or refused lines, kept as .damaged", path.name, unreadable
+                )
+                path.replace(path.with_suffix(".damaged"))
+            else:
+                path.unlink(missing_ok=True)
+        return written
+
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.spool"))
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _encode(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON, its bytes values apart as base64."""
+    binary = {name: _text(value) for name, value in row.items() if isinstance(value, bytes)}
+    return {"row": {name: value for name, value in row.items() if name not in binary}, "binary": binary}
+
+
+def _decode(content: bytes) -> tuple[list[dict[str, Any]], dict[str, bytes], int]:
+    """Rows, images and the number of lines that could not be read."""
+    rows: list[dict[str, Any]] = []
+    images: dict[str, bytes] = {}
+    unreadable = 0
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+            if "image" in entry:
+                images[entry["image"]] = base64.b64decode(entry["data"], validate=True)
+            else:
+                binary = {name: base64.b64decode(value, validate=True) for name, value in entry["binary"].items()}
+                rows.append({**entry["row"], **binary})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unreadable += 1
+    return rows, images, unreadable

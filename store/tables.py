@@ -1,0 +1,214 @@
+"""The tables, in SQLAlchemy Core: one schema for SQLite and PostgreSQL.
+
+Times are BIGINT microseconds since the epoch, UTC. JSON columns hold what `json.dumps` can write, never NaN.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+# SQLite gives an id of its own only to a column of type INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+# SQL NULL for None: the default would store the JSON text 'null', which `IS NULL` does not find.
+_Json = JSON(none_as_null=True)
+
+
+def now_us() -> int:
+    """The present as microseconds since the epoch, UTC."""
+    return time.time_ns() // 1000
+
+
+schema = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+schema_version = Table("schema_version", schema, Column("version", Integer, primary_key=True, autoincrement=False))
+
+predictions = Table(
+    "predictions",
+    schema,
+    Column("id", String(64), primary_key=True),
+    Column("idempotency_key", String(255)),
+    Column("received_at", BigInteger, nullable=False),
+    Column("acquired_at", BigInteger),
+    Column("caller", String(255), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("patient_hmac", String(64)),
+    Column("institution", String(255)),
+    Column("device", String(255)),
+    Column("image_hash", String(64)),
+    Column("model_version", String(64), nullable=False),
+    Column("context", String(16), nullable=False),
+    Column("metadata", _Json, nullable=False),
+    Column("image_score", Float),
+    Column("class_probabilities", _Json),
+    Column("risk", Float),
+    Column("band", String(16)),
+    Column("threshold", Float),
+    Column("abstained", Boolean, nullable=False),
+    Column("reasons", _Json, nullable=False),
+    Column("brightness", Float),
+    Column("contrast", Float),
+    Column("blur", Float),
+    Column("red", Float),
+    Column("green", Float),
+    Column("blue", Float),
+    Column("embedding", LargeBinary),
+    Column("stage_ms", _Json, nullable=False),
+    # NULL keys never collide, so rows without a key are unconstrained on both databases.
+    UniqueConstraint("caller", "idempotency_key"),
+    Index("ix_predictions_role_received_at", "role", "received_at"),
+    Index("ix_predictions_patient_hmac", "patient_hmac"),
+)
+
+images = Table(
+    "images",
+    schema,
+    Column("hash", String(64), primary_key=True),
+    Column("suffix", String(8), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("stored_at", BigInteger, nullable=False),
+)
+
+labels = Table(
+    "labels",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("prediction_id", String(64), nullable=False, index=True),
+    Column("label", String(64), nullable=False),
+    Column("malignant", Boolean, nullable=False),
+    Column("labeller", String(255), nullable=False),
+    Column("labelled_at", BigInteger, nullable=False),
+    Column("confidence", Float),
+    Column("comment", Text),
+    Column("supersedes", BigInteger),
+)
+
+alarms = Table(
+    "alarms",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("dedupe_key", String(255), nullable=False, unique=True),
+    Column("kind", String(32), nullable=False),
+    Column("severity", String(16), nullable=False),
+    Column("raised_at", BigInteger, nullable=False),
+    Column("model_version", String(64)),
+    Column("message", Text, nullable=False),
+    Column("detail", _Json, nullable=False),
+    Column("acknowledged_at", BigInteger),
+    Column("acknowledged_by", String(255)),
+)
+
+drift_reports = Table(
+    "drift_reports",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("window_start", BigInteger, nullable=False),
+    Column("window_end", BigInteger, nullable=False),
+    Column("model_version", String(64), nullable=False),
+    Column("reference", String(64), nullable=False),
+    Column("label_watermark", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("num_groups", BigInteger, nullable=False),
+    Column("alarm", Boolean, nullable=False),
+    Column("drifted", _Json, nullable=False),
+    Column("statistics", _Json, nullable=False),
+    Column("input_digest", String(64), nullable=False),
+    Column("report", Text),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("window_start", "window_end", "model_version", "reference", "label_watermark"),
+)
+
+submissions = Table(
+    "submissions",
+    schema,
+    Column("id", String(64), primary_key=True),
+    Column("idempotency_key", String(255)),
+    Column("caller", String(255), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("submitted_at", BigInteger, nullable=False),
+    Column("leased_until", BigInteger),
+    Column("attempts", Integer, nullable=False),
+    Column("request", _Json, nullable=False),
+    Column("result", _Json),
+    Column("error", Text),
+    Column("finished_at", BigInteger),
+    UniqueConstraint("caller", "idempotency_key"),
+)
+
+api_keys = Table(
+    "api_keys",
+    schema,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("key_hash", String(64), nullable=False, unique=True),
+    Column("role", String(16), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+
+retrain_requests = Table(
+    "retrain_requests",
+    schema,
+    Column("id", String(64), primary_key=True),
+    Column("dedupe_key", String(255), nullable=False, unique=True),
+    Column("trigger", String(32), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("requested_by", String(255), nullable=False),
+    Column("requested_at", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("leased_until", BigInteger),
+    Column("job_id", String(255)),
+    Column("model_version", String(64)),
+    Column("detail", _Json, nullable=False),
+    Column("finished_at", BigInteger),
+)
+
+approvals = Table(
+    "approvals",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("model_version", String(64), nullable=False, index=True),
+    Column("decision", String(16), nullable=False),
+    Column("approver", String(255), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("gate", _Json, nullable=False),
+    Column("decided_at", BigInteger, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    schema,
+    Column("id", _Id, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(255), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("subject", String(255), nullable=False),
+    Column("detail", _Json, nullable=False),
+    Column("previous_hash", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+)
