@@ -241,10 +241,12 @@ def connect_ray(num_cpus: int | None = None) -> None:
     if os.environ.get("RAY_ADDRESS") or os.environ.get(_SUBMITTED):
         ray.init(runtime_env=environment, log_to_driver=True, logging_level="warning")
     else:
+        # Without its dashboard, Ray Train's cleaner of placement groups finds no state API and complains every second.
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            include_dashboard=False,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
             runtime_env=environment,
             logging_level="warning",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -106,7 +105,7 @@ class _Progress:
         self.last = time.monotonic()
 
     def line(self, text: str) -> None:
-        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+        print(f"{self.title}: {text}", flush=True)
 
     def step(self, epoch: int):
         def on_step(step: int, loss: float, rate: float) -> None:

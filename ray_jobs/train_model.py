@@ -1,0 +1,137 @@
+"""Folds -> image models and out-of-fold scores -> fusion -> calibration -> thresholds -> evaluation -> bundle ->
+MLflow candidate. A run that was cut off goes on with `--run-name` and the same config."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from modeling.registry import Registry
+from pydantic import Field
+
+from data_pipelines.image_dataset import DatasetVersion, open_dataset
+from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
+from training.config import TrainingConfig
+from training.evaluation_plots import plot_evaluation
+from training.image_models import RunFolder, train_folds, train_refit
+from training.model_building import BuildConfig, build_bundle
+
+
+class TrainModelConfig(JobConfig):
+    dataset: Location = Field(description="a prepared data set's folder, or one of its versions")
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    build: BuildConfig = Field(default_factory=BuildConfig)
+    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="name it to resume it")
+    runs: Location = "runs"
+    bundles: Location = "bundles"
+    tracking_uri: Location = "sqlite:///mlflow.db"
+    artifact_root: Location = "mlflow-artifacts"
+    model_name: str = "dermray"
+
+
+def git_commit() -> str:
+    """The code's commit: from the environment in a submitted job, else from git; "unknown" outside a checkout."""
+    if commit := os.environ.get("DERMRAY_GIT_COMMIT"):
+        return commit
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+
+
+def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """`<context>.<split>.<metric>` -> value, for MLflow; intervals become `..._low` and `..._high`."""
+    flat: dict[str, float] = {}
+    for context, splits in evaluation.items():
+        for split in ("gate", "out_of_fold"):
+            for name, value in splits[split].items():
+                if isinstance(value, dict) and value.get("value") is not None:
+                    flat[f"{context}.{split}.{name}"] = float(value["value"])
+                    for bound in ("low", "high"):
+                        if value.get(bound) is not None:
+                            flat[f"{context}.{split}.{name}_{bound}"] = float(value[bound])
+                elif isinstance(value, int | float):
+                    flat[f"{context}.{split}.{name}"] = float(value)
+    return flat
+
+
+def write_report(folder: Path, bundle: Path, version: DatasetVersion, evaluation: dict[str, Any]) -> None:
+    """`evaluation.json` and `evaluation.png` for the run folder and MLflow."""
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1), encoding="utf-8")
+    reference = pd.read_parquet(bundle / "reference.parquet")
+    malignant = reference["label"].isin(version.task.malignant).to_numpy()
+    risks = {name: reference[f"risk_{name}"].to_numpy() for name in evaluation}
+    title = version.task.name + (" (synthetic)" if version.task.synthetic else "")
+    plot_evaluation(folder / "evaluation.png", malignant, risks, title)
+
+
+def summary(gate: dict[str, Any]) -> dict[str, Any]:
+    """The few figures of a context that fit on one line."""
+    shown = {}
+    for name in ("auc", "pauc", "balanced_accuracy"):
+        value = gate[name]
+        shown[name] = {key: None if number is None else round(number, 4) for key, number in value.items()}
+    return shown
+
+
+def run(config: TrainModelConfig) -> dict[str, Any]:
+    version = open_dataset(config.dataset)
+    connect_ray()
+    run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = RunFolder(Path(config.runs) / run_name, config.training, version)
+    out_of_fold, fold_metrics = train_folds(config.training, version, folder, say)
+    refit = train_refit(config.training, version, folder, say)
+
+    directory = Path(config.bundles) / run_name
+    if directory.exists():
+        # Left by an attempt that died before its candidate was registered; nothing refers to it.
+        shutil.rmtree(directory)
+    digest, evaluation = build_bundle(
+        directory,
+        version,
+        config.training,
+        config.build,
+        refit.scorer(config.training, version.task),
+        out_of_fold,
+        git_commit(),
+        say,
+    )
+    report = folder.path / "report"
+    write_report(report, directory, version, evaluation)
+    say("registering the bundle as a candidate")
+    registry = Registry(config.tracking_uri, config.model_name, config.artifact_root)
+    registered = registry.log_candidate(
+        directory,
+        run_name=run_name,
+        params={"dataset": version.digest, **_flatten(config.training.model_dump())},
+        metrics=flat_metrics(evaluation)
+        | {f"fold_{row['fold']}.{name}": float(row[name]) for row in fold_metrics for name in ("auc", "pauc")},
+        artifacts_dir=report,
+        tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},
+    )
+    return {
+        "model_version": registered.version,
+        "bundle": str(directory),
+        "digest": digest,
+        "run_name": run_name,
+        "report": str(report),
+        "synthetic": version.task.synthetic,
+        "gate": {context: summary(splits["gate"]) for context, splits in evaluation.items()},
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+if __name__ == "__main__":
+    run_job("train_model", TrainModelConfig, run, __doc__)
