@@ -51,8 +51,8 @@ def build_index(path: str | Path) -> Hdf5Index:
             if not isinstance(item, h5py.Dataset):
                 continue
             offset = item.id.get_offset() if item.ndim <= 1 else None
-            # Variable-length values store a pointer, not the bytes, at their offset.
-            contiguous = offset is not None and item.dtype.kind in "SVu" and item.dtype.metadata is None
+            # Variable-length values (kind O) store a pointer, not the bytes, at their offset.
+            contiguous = offset is not None and item.dtype.kind in "SVu"
             ids.append(key)
             offsets.append(int(offset) if contiguous else -1)
             sizes.append(int(item.id.get_storage_size()))

@@ -56,7 +56,9 @@ def run(config: SearchHyperparametersConfig) -> dict[str, Any]:
         raise RuntimeError(f"all {len(failed)} trials failed; the first: {failed[0]}")
 
     best = results.get_best_result(metric=METRIC, mode="max")
-    chosen = base.model_copy(update={"dataset": str(version.path), "training": with_overrides(base.training, best.config)})
+    chosen = base.model_copy(
+        update={"dataset": str(version.path), "training": with_overrides(base.training, best.config)}
+    )
     file = Path(config.best_config or Path(config.searches) / name / "best_config.yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(chosen.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")

@@ -45,8 +45,11 @@ def plot_evaluation(
     limit = min(1.0, largest * 1.08 + 1e-6)
     right.plot([0, limit], [0, limit], ":", color="grey", lw=1)
     right.set(
-        xlabel="predicted risk (equal-count bins)", ylabel="observed share malignant", title="Calibration",
-        xlim=(0, limit), ylim=(0, limit),
+        xlabel="predicted risk (equal-count bins)",
+        ylabel="observed share malignant",
+        title="Calibration",
+        xlim=(0, limit),
+        ylim=(0, limit),
     )
     right.legend(loc="upper left", frameon=False)
     figure.suptitle(f"{title}: gate split, n = {len(malignant)}, {int(malignant.sum())} malignant")

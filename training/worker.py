@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -105,7 +106,9 @@ class _Progress:
         self.last = time.monotonic()
 
     def line(self, text: str) -> None:
-        print(f"{self.title}: {text}", flush=True)
+        # Ray Train wraps print and logging, which would show the line twice.
+        sys.stderr.write(f"{self.title}: {text}\n")
+        sys.stderr.flush()
 
     def step(self, epoch: int):
         def on_step(step: int, loss: float, rate: float) -> None:
