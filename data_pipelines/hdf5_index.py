@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Hdf5Index:
-    """Byte ranges of the root datasets: ids str (N,), offset int64 (N,) with -1 = read through h5py, size int64 (N,)."""
+    """Byte ranges of the root datasets: ids str (N,), offset int64 (N,), -1 = read through h5py, size int64 (N,)."""
 
     path: str
     ids: np.ndarray
