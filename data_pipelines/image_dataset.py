@@ -13,9 +13,8 @@ import ray
 from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.epoch_sampling import EpochCursor, EpochOrder, SamplingConfig, class_shares
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
+from data_pipelines.stratified_folds import GATE_FOLD
 from modeling.schema import TaskSpec
-
-GATE_FOLD = -1
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,16 @@ class DatasetVersion:
     def positions(self, folds: list[int]) -> np.ndarray:
         """int64 positions into `lesions` of the rows of these folds."""
         return np.flatnonzero(self.lesions["fold"].isin(folds).to_numpy())
+
+    @property
+    def gate_positions(self) -> np.ndarray:
+        """int64 positions of the gate split's rows, which train nothing."""
+        return self.positions([GATE_FOLD])
+
+    @property
+    def training_positions(self) -> np.ndarray:
+        """int64 positions of all rows that train."""
+        return self.positions(self.training_folds)
 
     @property
     def training_folds(self) -> list[int]:

@@ -48,7 +48,7 @@ def train_folds(
     config: TrainingConfig, version: DatasetVersion, folder: RunFolder, say: Callable[[str], None]
 ) -> tuple[np.ndarray, list[dict]]:
     """Out-of-fold log-probabilities float64 (N, K) of all training rows in table order, and each fold's metrics."""
-    positions = version.positions(version.training_folds)
+    positions = version.training_positions
     folds = version.lesions["fold"].to_numpy()[positions]
     scores = np.full((len(positions), version.task.num_classes), np.nan)
     metrics = []

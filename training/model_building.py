@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from data_pipelines.synthetic_lesions import parity_images
-from modeling.metadata_fusion import ContextModel, FusionConfig, fit_context_model
-from modeling.metrics import evaluate, risk
-from modeling.model_card import render_model_card
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages, score_images
-from data_pipelines.image_dataset import GATE_FOLD, DatasetVersion, training_shares
+from data_pipelines.image_dataset import DatasetVersion, training_shares
+from data_pipelines.synthetic_lesions import parity_images
+from data_pipelines.table_scoring import metadata_arrays
 from modeling.bundle import write_manifest
 from modeling.image_scorer import ImageScorer
+from modeling.metadata_fusion import ContextModel, FusionConfig, fit_context_model
+from modeling.metrics import evaluate, risk
+from modeling.model_card import render_model_card
 from modeling.onnx_export import export_onnx, write_parity
 from training.config import TrainingConfig
 
@@ -35,17 +36,6 @@ class BuildConfig(BaseModel):
     fusion: FusionConfig = Field(default_factory=FusionConfig)
     num_bootstrap: int = Field(500, ge=50, le=100_000, description="group resamples behind every interval")
     num_scorers: int = Field(1, ge=1, le=1024)
-
-
-def columns_of(lesions: pd.DataFrame, version: DatasetVersion) -> dict[str, np.ndarray]:
-    """The task's metadata columns as arrays: float64 with NaN, or objects with None for missing."""
-    columns = {}
-    for name, spec in version.task.columns.items():
-        if spec.kind == "numeric":
-            columns[name] = lesions[name].to_numpy(np.float64, na_value=np.nan)
-        else:
-            columns[name] = lesions[name].astype(object).where(lesions[name].notna(), None).to_numpy()
-    return columns
 
 
 def build_bundle(
@@ -75,7 +65,7 @@ def build_bundle(
 
     projection = _fit_projection(version, training, config, onnx_path)
     np.savez_compressed(directory / "projection.npz", matrix=projection[0], mean=projection[1])
-    gate_positions = version.positions([GATE_FOLD])
+    gate_positions = version.gate_positions
     say(f"scoring the {len(gate_positions)} rows of the gate split")
     scored = score_images(
         version.images_path,
@@ -127,8 +117,8 @@ def _fit_contexts(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fits, saves and evaluates every context's model; returns the evaluation and gate probabilities (N, K)."""
     task, lesions = version.task, version.lesions
-    train = lesions.iloc[version.positions(version.training_folds)]
-    held_out = lesions.iloc[version.positions([GATE_FOLD])]
+    train = lesions.iloc[version.training_positions]
+    held_out = lesions.iloc[version.gate_positions]
     labels, folds = train["label"].to_numpy(np.int64), train["fold"].to_numpy(np.int64)
     sampling_prior, population_prior = training_shares(version, version.training_folds, training.sampling)
     evaluation: dict[str, Any] = {}
@@ -140,7 +130,7 @@ def _fit_contexts(
             context,
             task,
             out_of_fold,
-            columns_of(train, version),
+            metadata_arrays(train, task),
             labels,
             groups,
             folds,
@@ -178,7 +168,7 @@ def _predict(
     if context == "image_only":
         return model.predict(log_probabilities, None, None)
     groups = lesions["context"].to_numpy(str) if context == "patient" else None
-    return model.predict(log_probabilities, columns_of(lesions, version), groups)
+    return model.predict(log_probabilities, metadata_arrays(lesions, version.task), groups)
 
 
 def _fit_projection(
@@ -188,7 +178,7 @@ def _fit_projection(
 
     With fewer than 64 directions in the sample the remaining columns are zero.
     """
-    positions = version.positions(version.training_folds)
+    positions = version.training_positions
     generator = np.random.default_rng(training.seed)
     sample = np.sort(generator.choice(positions, min(PROJECTION_ROWS, len(positions)), replace=False))
     scored = score_images(

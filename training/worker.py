@@ -15,10 +15,10 @@ import pandas as pd
 import ray.train
 import ray.train.torch
 import torch
-from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 
 from data_pipelines.epoch_sampling import EpochCursor
 from modeling.image_scorer import create_scorer
+from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.epoch import ExponentialMovingAverage, parameter_groups, predict, train_epoch, warmup_cosine

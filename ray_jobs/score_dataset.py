@@ -1,0 +1,94 @@
+"""Batch scoring: a metadata CSV and its HDF5 pictures in, `isic_id,target` out (CSV or Parquet). Rows that cannot be
+scored go to a quarantine file beside the output with the reason; the others are scored."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import Field
+
+from data_pipelines.table_scoring import score_table
+from modeling.bundle import Bundle, load_bundle
+from modeling.registry import Registry
+from ray_jobs.job import JobConfig, Location, connect_ray, resolve_location, run_job, say
+
+
+class ScoreDatasetConfig(JobConfig):
+    images: Location = Field(description="HDF5 file, one dataset per image id")
+    metadata: Location = Field(description="CSV with the model's id and metadata columns")
+    out: Location = Field(description=".csv or .parquet")
+    model: str = Field("champion", description="registry alias, version number, or a bundle's path")
+    context: Literal["auto", "image_only", "none", "patient"] = "auto"
+    num_scorers: int = Field(1, ge=1, le=1024, description="engine actors, one CPU each")
+    tracking_uri: Location = "sqlite:///mlflow.db"
+    artifact_root: Location = "mlflow-artifacts"
+    model_name: str = "dermray"
+
+
+def open_model(reference: str, tracking_uri: str, model_name: str, artifact_root: str) -> tuple[Bundle, str]:
+    """A bundle by path, or by registry alias or version; and what to call it.
+
+    Raises:
+        ValueError: neither a bundle's folder nor a registered model.
+    """
+    if "/" in reference or Path(reference).exists():
+        location = reference if Path(reference).exists() else resolve_location(reference)
+        bundle = load_bundle(str(Path(location).resolve()) if "://" not in location else location)
+        return bundle, bundle.manifest.name
+    version = Registry(tracking_uri, model_name, artifact_root).resolve(reference)
+    return load_bundle(version.uri, version.digest), f"{model_name} version {version.version}"
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Writes CSV or Parquet under a temporary name first, so that a cut-off run leaves no half file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    if out.suffix == ".parquet":
+        table.to_parquet(partial, index=False)
+    else:
+        table.to_csv(partial, index=False)
+    partial.replace(out)
+
+
+def run(config: ScoreDatasetConfig) -> dict[str, Any]:
+    out = Path(config.out)
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"out = {config.out!r}: expected a name ending in .csv or .parquet")
+    bundle, name = open_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
+    say(f"scoring with {name} ({bundle.task.name}, {bundle.manifest.backbone})")
+    connect_ray()
+    scored = score_table(
+        bundle,
+        config.images,
+        config.metadata,
+        config.context,
+        config.num_scorers,
+        lambda done, total: say(f"scored {done}/{total} images"),
+    )
+    write_table(scored.table, out)
+    quarantine = out.with_name(f"{out.stem}.quarantine.csv")
+    if scored.quarantine:
+        with open(quarantine, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "reason", "detail"])
+            writer.writerows(scored.quarantine)
+        say(f"{len(scored.quarantine)} rows could not be scored; reasons in {quarantine}")
+    else:
+        quarantine.unlink(missing_ok=True)
+    return {
+        "out": str(out),
+        "rows": len(scored.table),
+        "quarantined": len(scored.quarantine),
+        "images_without_metadata": scored.images_without_metadata,
+        "context": scored.context,
+        "model": name,
+        "model_task": bundle.task.name,
+        "synthetic": bundle.task.synthetic,
+    }
+
+
+if __name__ == "__main__":
+    run_job("score_dataset", ScoreDatasetConfig, run, __doc__)
