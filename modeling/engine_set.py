@@ -1,0 +1,148 @@
+"""An engine set: what every candidate engine of one bundle did on one device, and which was chosen.
+
+It is no part of the bundle and lies in `<root>/<bundle digest[:16]>/<device>.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Objective = Literal["throughput", "latency"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Candidate(_Record):
+    """An engine to try. `choice` is what `create_engine` takes; `slots` engines of it keep the device busy."""
+
+    name: str
+    choice: dict[str, Any]
+    precision: str = "fp32"
+    slots: int = Field(1, ge=1)
+
+
+class ParityLimits(_Record):
+    """Largest differences from torch's float32 answers that a candidate may show."""
+
+    probability: float = Field(1e-3, gt=0, description="absolute, any class probability")
+    logit: float = Field(1e-2, gt=0, description="absolute")
+    embedding: float = Field(1e-2, gt=0, description="relative to the largest reference value")
+
+
+class Parity(_Record):
+    """Largest differences measured, over every picture and batch size; units as in `ParityLimits`."""
+
+    probability: float
+    logit: float
+    embedding: float
+
+
+class CandidateReport(_Record):
+    """What became of a candidate: `reason` is empty when it passed."""
+
+    candidate: Candidate
+    passed: bool
+    reason: str = ""
+    parity: Parity | None = None
+    ms_per_image: dict[int, float] = Field(default_factory=dict)
+
+
+class EngineSet(_Record):
+    """All candidates of one bundle on one device, and the choice per batch bucket (bucket -> candidate name)."""
+
+    schema_version: Literal[1] = 1
+    bundle_digest: str
+    device: str
+    cores: int
+    created_at: str
+    objective: Objective
+    limits: ParityLimits
+    candidates: list[CandidateReport]
+    chosen: dict[int, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether some engine agrees with torch, so that the bundle can be served from this device."""
+        return bool(self.chosen)
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The choice for `create_engine`; ValueError when every candidate was refused."""
+        if not self.chosen:
+            reasons = "; ".join(f"{report.candidate.name}: {report.reason}" for report in self.candidates)
+            raise ValueError(f"no engine of bundle {self.bundle_digest[:16]} passed on {self.device}: {reasons}")
+        by_name = {report.candidate.name: report.candidate.choice for report in self.candidates}
+        if len(set(self.chosen.values())) == 1:
+            return by_name[next(iter(self.chosen.values()))]
+        return {"buckets": {str(bucket): by_name[name] for bucket, name in self.chosen.items()}}
+
+    def save(self, root: str | Path) -> Path:
+        """Writes the set under `root`, replacing this device's earlier one; returns the file."""
+        path = engine_set_path(root, self.bundle_digest, self.device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+            file.write(self.model_dump_json(indent=1))
+        os.replace(file.name, path)
+        return path
+
+
+def num_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_key() -> str:
+    """A file name for this machine's processor, and its GPU where ONNX Runtime can use one."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.M)
+        processor = found.group(1) if found else processor
+    names = [processor]
+    if cuda_available():
+        for info in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+            found = re.search(r"^Model:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.M)
+            names += [found.group(1)] if found and found.group(1) not in names else []
+    return "+".join(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names)
+
+
+def cuda_available() -> bool:
+    """Whether this onnxruntime was built with CUDA."""
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def engine_set_path(root: str | Path, digest: str, device: str) -> Path:
+    """Where a bundle's engine set for a device lies."""
+    return Path(root) / digest[:16] / f"{device}.json"
+
+
+def _read(path: Path, digest: str) -> EngineSet:
+    try:
+        engine_set = EngineSet.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"engine set {path} is not valid; run export_engine again") from error
+    if engine_set.bundle_digest != digest:
+        raise ValueError(f"engine set {path} belongs to bundle {engine_set.bundle_digest}, not {digest}")
+    return engine_set
+
+
+def find_engine_set(root: str | Path, digest: str, device: str | None = None) -> EngineSet | None:
+    """The bundle's engine set for a device (default: this one), or None where it was never measured."""
+    path = engine_set_path(root, digest, device or device_key())
+    return _read(path, digest) if path.exists() else None
+
+
+def engine_sets(root: str | Path, digest: str) -> list[EngineSet]:
+    """The bundle's engine sets, one per device, in the order of the devices' names."""
+    return [_read(path, digest) for path in sorted((Path(root) / digest[:16]).glob("*.json"))]

@@ -1,0 +1,139 @@
+"""The model card: what a bundle is for, what it was trained on, how well it does, and where it must not be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modeling.bundle_manifest import BundleManifest
+
+SYNTHETIC_BANNER = (
+    "> **SYNTHETIC.** Images and labels of the training data were generated. The figures below say that the software "
+    "works; they say nothing about patients. Never use this model on people."
+)
+_CONTEXTS = {
+    "image_only": "the image alone",
+    "none": "the image and the lesion's own metadata",
+    "patient": "as `none`, plus how the lesion compares with the patient's other lesions",
+}
+_INTERVALS = {"auc": "AUC", "pauc": "pAUC above 80 % sensitivity (0-0.2)", "balanced_accuracy": "balanced accuracy"}
+_NUMBERS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "sensitivity": "sensitivity at the operating threshold",
+    "specificity": "specificity at the operating threshold",
+    "ece": "calibration error (adaptive ECE)",
+    "calibration_slope": "calibration slope (ideal 1)",
+    "calibration_intercept": "calibration intercept (ideal 0)",
+}
+# Under this many cancers an interval is wider than any difference between two useful models.
+_FEW_MALIGNANT = 30
+
+
+def _number(value: Any) -> str:
+    return "not measurable" if value is None else f"{value:.3f}"
+
+
+def _interval(value: Mapping[str, Any] | None) -> str:
+    if value is None or value.get("value") is None:
+        return "not measurable"
+    if value.get("low") is None or value.get("high") is None:
+        return _number(value["value"])
+    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _metric_rows(metrics: Mapping[str, Mapping[str, Any]], contexts: list[str]) -> list[list[str]]:
+    rows = [
+        ["lesions (malignant)"]
+        + [f"{metrics[context].get('n')} ({metrics[context].get('n_malignant')})" for context in contexts]
+    ]
+    rows += [[title] + [_interval(metrics[c].get(key)) for c in contexts] for key, title in _INTERVALS.items()]
+    rows += [[title] + [_number(metrics[c].get(key)) for c in contexts] for key, title in _NUMBERS.items()]
+    classes = list(dict.fromkeys(name for c in contexts for name in metrics[c].get("recalls", {})))
+    rows += [
+        [f"recall of {name}"] + [_number(metrics[c].get("recalls", {}).get(name)) for c in contexts] for name in classes
+    ]
+    return rows
+
+
+def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown text of `model_card.md`.
+
+    Args:
+        manifest_fields: fields of `BundleManifest`; `files` is not needed.
+        metrics: per context the report that `modeling.metrics.evaluate` made on the gate split.
+
+    Raises:
+        ValueError: a context of the manifest has no metrics.
+    """
+    manifest = BundleManifest.model_validate(dict(manifest_fields))
+    missing = [context for context in manifest.contexts if context not in metrics]
+    if missing:
+        raise ValueError(f"model card: no metrics for contexts {missing}")
+    task, contexts = manifest.task, list(manifest.contexts)
+    few = min(int(metrics[context].get("n_malignant") or 0) for context in contexts)
+    shares = [
+        [name, "yes" if name in task.malignant else "no", f"{population:.4f}", f"{sampling:.4f}"]
+        for name, population, sampling in zip(
+            task.classes, manifest.population_prior, manifest.sampling_prior, strict=True
+        )
+    ]
+    lines = [
+        f"# Model card: {manifest.name}",
+        "",
+        *([SYNTHETIC_BANNER, ""] if task.synthetic else []),
+        "**Not a medical device.** Not cleared or certified by any authority. It does not diagnose.",
+        "",
+        "## Intended use",
+        "",
+        "Research, and ranking lesion images so that a dermatologist looks at the most suspicious ones first. Every "
+        "lesion still needs a person's judgement: a low risk is no reason to skip an examination.",
+        "",
+        "It answers in these contexts:",
+        "",
+        *(f"- `{context}`: {_CONTEXTS[context]}" for context in contexts),
+        "",
+        "## Data",
+        "",
+        f"- task `{task.name}`, data set version `{manifest.dataset_digest}`{' (synthetic)' if task.synthetic else ''}",
+        f"- folds and gate split keep every `{task.fold_group}` in one part",
+        f"- metadata features: {', '.join(f'`{name}`' for name in task.columns) or 'none'}",
+        "",
+        *_table(["class", "malignant", "share in the data", "share in training batches"], shares),
+        "",
+        "## Performance on the gate split",
+        "",
+        "The gate split trained nothing. Intervals are 95 %, from a bootstrap over "
+        f"`{task.fold_group}`; risk = P(malignant).",
+        "",
+        *_table(["", *(f"`{context}`" for context in contexts)], _metric_rows(metrics, contexts)),
+        "",
+        "## Limits",
+        "",
+        *(
+            [f"- Only {few} malignant lesions in the gate split: the intervals are wide."]
+            if few < _FEW_MALIGNANT
+            else []
+        ),
+        "- Measured on the data set above. Other cameras, clinics, skin tones and body sites can do worse.",
+        "- Risks are calibrated to the shares in the data, which may differ from yours.",
+        "- The operating threshold was chosen for sensitivity on out-of-fold predictions; misses still happen.",
+        "- A lesion of a class outside the list above gets the probabilities of the listed ones.",
+        "",
+        "## How it was made",
+        "",
+        f"- network `{manifest.backbone}`, input {manifest.input_size} x {manifest.input_size} RGB, "
+        f"embedding {manifest.embedding_dim}",
+        f"- code {manifest.git_commit}, created {manifest.created_at}",
+        "- resolved training config: `training` in `manifest.json`",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""The card states limits, never hides that data were synthetic, and shows intervals."""
+
+from __future__ import annotations
+
+import pytest
+
+from modeling.model_card import render_model_card
+from tests.tiny_bundle import GATE_METRICS, tiny_task
+
+
+def fields(**changes):
+    return {
+        "name": "tiny",
+        "task": tiny_task().model_dump(),
+        "input_size": 16,
+        "backbone": "linear",
+        "embedding_dim": 8,
+        "modalities": ["image", "metadata"],
+        "dataset_digest": "d" * 64,
+        "git_commit": "abc123",
+        "contexts": ["image_only", "none"],
+        "sampling_prior": [0.5, 0.5],
+        "population_prior": [0.9, 0.1],
+    } | changes
+
+
+METRICS = {"image_only": GATE_METRICS, "none": GATE_METRICS | {"sensitivity": None}}
+
+
+def test_the_card_says_what_a_reader_must_know():
+    card = render_model_card(fields(), METRICS)
+    assert "Not a medical device" in card
+    assert "SYNTHETIC" in card and "Never use this model on people" in card
+    assert "0.900 (0.860-0.940)" in card
+    assert "| sensitivity at the operating threshold | 0.950 | not measurable |" in card
+    assert "| recall of malignant | 0.950 | 0.950 |" in card
+    assert "| benign | no | 0.9000 | 0.5000 |" in card
+    for text in ("abc123", "d" * 64, "`patient_id`", "## Intended use", "## Limits"):
+        assert text in card
+
+
+def test_real_data_carries_no_synthetic_banner():
+    card = render_model_card(fields(task=tiny_task(synthetic=False).model_dump()), METRICS)
+    assert "SYNTHETIC" not in card and "synthetic" not in card
+
+
+def test_few_cancers_are_pointed_out():
+    few = {context: metrics | {"n_malignant": 7} for context, metrics in METRICS.items()}
+    assert "Only 7 malignant lesions" in render_model_card(fields(), few)
+    assert "Only" not in render_model_card(fields(), METRICS)
+
+
+def test_a_context_without_metrics_is_refused():
+    with pytest.raises(ValueError, match="no metrics for contexts \\['none'\\]"):
+        render_model_card(fields(), {"image_only": GATE_METRICS})
