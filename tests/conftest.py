@@ -1,0 +1,115 @@
+"""Fixtures that every test may use: a home of its own, and one real Ray cluster for the whole run.
+
+`make test` may run while a demo is up, or twice at once: nothing here uses a fixed port or folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local.cluster import LocalCluster
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+SERVER_MARKS = ("ray", "browser", "slow")
+_forbidden_skips: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--forbid-server-skips",
+        action="store_true",
+        help=f"fail when a test marked {', '.join(SERVER_MARKS)} is skipped (what CI does)",
+    )
+
+
+def _end_like_an_interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # By default SIGTERM ends pytest without running finalizers, and the cluster would stay.
+    signal.signal(signal.SIGTERM, _end_like_an_interrupt)
+    _forbidden_skips.clear()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if Path("/dev/nvidia0").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    marked = any(item.get_closest_marker(mark) for mark in SERVER_MARKS) and not item.get_closest_marker("gpu")
+    if report.skipped and marked and not hasattr(report, "wasxfail"):
+        _forbidden_skips.append(report.nodeid)
+    return report
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    # `importorskip` at the top of a module: its tests were never collected, so their marks are in the source only.
+    if report.skipped and report.fspath.endswith(".py"):
+        source = (REPO_ROOT / report.fspath).read_text(encoding="utf-8")
+        if re.search(rf"mark\.({'|'.join(SERVER_MARKS)})\b", source):
+            _forbidden_skips.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("forbid_server_skips") and _forbidden_skips:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("forbid_server_skips") and _forbidden_skips:
+        terminalreporter.section("server tests must not be skipped")
+        for nodeid in _forbidden_skips:
+            terminalreporter.line(f"FAILED {nodeid} - skipped")
+
+
+@pytest.fixture(autouse=True)
+def dermray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DERMRAY_HOME of this test: an empty folder under its tmp_path."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("DERMRAY_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """One Ray head for the whole run, with dashboard and token; ended, with everything it started, at the end."""
+    cluster = LocalCluster(tmp_path_factory.mktemp("cluster"), num_cpus=4)
+    cluster.start()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def ray_connected(ray_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """This process as a driver of `ray_cluster`, whose workers import the packages of this checkout."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_cluster.client_environment().items():
+            patch.setenv(name, value)
+        search_path = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(
+            address=ray_cluster.address,
+            runtime_env={"env_vars": {"PYTHONPATH": search_path}},
+            logging_level="warning",
+        )
+        try:
+            yield ray_cluster
+        finally:
+            ray.shutdown()
