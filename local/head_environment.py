@@ -1,0 +1,52 @@
+"""The environment of a local head: loopback, token, Serve behind HAProxy, and nothing shared with another cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from local.processes import MARK
+
+# Ray turns 127.0.0.1 into the host's address, so that other nodes can join, except in its single-node mode, whose
+# switch is named after the systems where it is the default. With 0, GCS, raylet, agents and workers use loopback.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def head_environment(cluster_id: str, temp_dir: Path, token_path: Path, block: range) -> dict[str, str]:
+    """The environment of `ray start`, which its workers, jobs and replicas inherit."""
+    proxy = temp_dir / "proxy"
+    proxy.mkdir()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        **inherited,
+        # A submitted `python -m ...` must find this interpreter.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        MARK: cluster_id,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Draining moves replicas to other nodes; there are none, and it would take 30 s.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        **LOOPBACK_ONLY,
+        # Serve behind HAProxy: 4 times the requests/s of the Python proxy.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "AUTOSCALER_METRIC_PORT": str(block[12]),
+        "DASHBOARD_METRIC_PORT": str(block[13]),
+        # HAProxy binds these two on all interfaces, whatever Serve's host is; they show request counts only.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(block[10]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(block[11]),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(block[20]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(block[59]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(block[60]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(block[99]),
+        # A replaced replica is kept this long for requests under way; 30 s is for load balancers we do not have here.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    }

@@ -1,0 +1,163 @@
+"""Sends the lesions of a data set to a running service, one request each, as a clinic would on one day.
+
+python -m local.traffic --url http://127.0.0.1:8000 --images day/train-image.hdf5 --metadata day/train-metadata.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+
+from data_pipelines.hdf5_index import as_bytes, open_hdf5
+
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One request: JPEG bytes, the metadata that the model knows, and where the picture comes from."""
+
+    image_id: str
+    image: bytes
+    metadata: dict[str, Any]
+    origin: dict[str, str]
+
+
+@dataclass
+class Day:
+    """What came back for a day's requests."""
+
+    sent: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    bands: Counter[str] = field(default_factory=Counter)
+    milliseconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def answered(self) -> int:
+        return self.statuses[200]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the median time of a request in milliseconds."""
+        return {
+            "sent": self.sent,
+            "answered": self.answered,
+            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
+            "bands": dict(self.bands),
+            "requests_per_s": round(self.sent / self.seconds, 1) if self.seconds else None,
+            "p50_ms": round(statistics.median(self.milliseconds), 1) if self.milliseconds else None,
+        }
+
+
+def read_lesions(
+    images: Path, metadata: Path, fields: set[str], id_column: str = "isic_id", limit: int | None = None
+) -> Iterator[Lesion]:
+    """Lesions of an ISIC-format data set in the table's order.
+
+    Args:
+        fields: metadata columns to send; others, and missing values, are left out.
+    """
+    table = pd.read_csv(metadata, low_memory=False, nrows=limit)
+    known = [column for column in table.columns if column in fields]
+    with open_hdf5(images) as file:
+        for row in table.to_dict("records"):
+            values = {name: row[name] for name in known if not pd.isna(row[name])}
+            origin = {"patient_id": row.get("patient_id"), "institution": row.get("attribution")}
+            yield Lesion(
+                image_id=row[id_column],
+                image=as_bytes(file[row[id_column]][()]),
+                metadata=values,
+                origin={name: str(value) for name, value in origin.items() if isinstance(value, str)},
+            )
+
+
+def _post(client: httpx.Client, lesion: Lesion) -> httpx.Response:
+    """One request; after a 503 the same one again, under the same key, when the service says."""
+    key = uuid.uuid4().hex
+    for attempt in range(ATTEMPTS):
+        response = client.post(
+            "/v1/predict",
+            files={"image": (f"{lesion.image_id}.jpg", lesion.image, "image/jpeg")},
+            data={"metadata": json.dumps(lesion.metadata), **lesion.origin},
+            headers={"Idempotency-Key": key},
+        )
+        if response.status_code != 503 or attempt == ATTEMPTS - 1:
+            break
+        time.sleep(float(response.headers.get("Retry-After", 1)))
+    return response
+
+
+def send_day(url: str, lesions: Iterator[Lesion] | list[Lesion], clients: int = 8) -> Day:
+    """Posts every lesion to `/v1/predict` from `clients` connections at a time.
+
+    Raises:
+        httpx.HTTPError: the service cannot be reached.
+    """
+    day = Day()
+    lock = threading.Lock()
+    # trust_env off: the service is on loopback, whatever http_proxy says.
+    with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
+
+        def send(lesion: Lesion) -> None:
+            started = time.perf_counter()
+            response = _post(client, lesion)
+            elapsed = (time.perf_counter() - started) * 1000
+            band = response.json().get("band") or "abstained" if response.status_code == 200 else None
+            with lock:
+                day.sent += 1
+                day.statuses[response.status_code] += 1
+                day.milliseconds.append(elapsed)
+                if band is not None:
+                    day.bands[band] += 1
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            for _ in pool.map(send, lesions):
+                pass
+        day.seconds = time.perf_counter() - started
+    return day
+
+
+def metadata_fields(url: str) -> set[str]:
+    """The metadata fields that the service's model knows."""
+    response = httpx.get(f"{url}/v1/model", timeout=30.0, trust_env=False)
+    response.raise_for_status()
+    return set(response.json()["metadata_fields"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--metadata", type=Path, required=True)
+    parser.add_argument("--id-column", default="isic_id")
+    parser.add_argument("--limit", type=int, help="the first so many rows only")
+    parser.add_argument("--clients", type=int, default=8, help="requests at a time")
+    options = parser.parse_args(arguments)
+    try:
+        fields = metadata_fields(options.url)
+        lesions = read_lesions(options.images, options.metadata, fields, options.id_column, options.limit)
+        day = send_day(options.url, lesions, options.clients)
+    except (httpx.HTTPError, ValueError, KeyError, OSError) as error:
+        print(f"traffic: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(day.summary()))
+    return 0 if day.answered == day.sent else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
