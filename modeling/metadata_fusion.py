@@ -1,0 +1,206 @@
+"""Fusion of image scores and metadata into calibrated class probabilities, one model per context.
+
+A model is a short sum of logits. The image's class log-probabilities are scaled to the labels (`ClassScaling`); boosted
+trees, which see metadata and image scores, add corrections to them (they start from the image's prediction, LightGBM's
+`init_score`); the sum's risk is calibrated. The number of boosting rounds is the one with the lowest cross-fitted log
+loss, and none is allowed, so that on little data fusion falls back to the image alone instead of below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from modeling.calibration import CALIBRATORS, ClassScaling, choose_thresholds, log_softmax
+from modeling.context_model import ContextModel, checked_image, image_margins, to_probabilities
+from modeling.metadata_features import FeatureSpec
+from modeling.residual_boosting import finish, grow, leave_out_at_random, raw_scores, start_booster
+from modeling.schema import Context, TaskSpec
+
+if TYPE_CHECKING:
+    import lightgbm
+
+__all__ = ["ContextModel", "FusionConfig", "fit_context_model"]
+
+# Rounds are chosen on this grid (finer steps only follow noise), up to the first time that many bring no gain.
+_ROUND_STEP, _PATIENCE = 5, 30
+
+
+class FusionConfig(BaseModel):
+    """How the fusion of image and metadata is trained."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_bags: int = Field(default=3, ge=1, description="boosters, averaged over seeds")
+    num_boost_round: int = Field(default=150, ge=0, description="most rounds; the best number is chosen out of fold")
+    learning_rate: float = Field(default=0.05, gt=0, le=1)
+    num_leaves: int = Field(default=15, ge=2)
+    min_data_in_leaf: int = Field(default=20, ge=1)
+    min_sum_hessian_in_leaf: float = Field(default=1.0, ge=0, description="keeps rare classes from leaves of a row")
+    lambda_l2: float = Field(default=5.0, ge=0)
+    feature_fraction: float = Field(default=0.6, gt=0, le=1)
+    bagging_fraction: float = Field(default=0.8, gt=0, le=1)
+    masked_rows: float = Field(default=0.2, ge=0, le=1, description="share of rows trained with metadata left out")
+    calibration: Literal["platt", "isotonic"] = "platt"
+    sensitivities: tuple[float, ...] = (0.8, 0.9, 0.95)
+    operating_sensitivity: float = Field(default=0.95, gt=0, le=1)
+    num_threads: int = Field(default=1, ge=1, description="LightGBM threads while training")
+
+    def lightgbm_parameters(self, seed: int, bag: int) -> dict[str, Any]:
+        """LightGBM's parameters for the boosters of one bag."""
+        names = ("learning_rate", "num_leaves", "min_data_in_leaf", "min_sum_hessian_in_leaf", "lambda_l2")
+        sampling = {"feature_fraction": self.feature_fraction, "bagging_fraction": self.bagging_fraction}
+        own = {name: getattr(self, name) for name in names} | sampling
+        return own | {"bagging_freq": 1, "seed": seed * self.num_bags + bag, "num_threads": self.num_threads}
+
+
+def fit_context_model(
+    context: Context,
+    task: TaskSpec,
+    image_log_probabilities: np.ndarray | None,
+    columns: Mapping[str, Sequence] | None,
+    labels: np.ndarray,
+    groups: Sequence | None,
+    folds: np.ndarray,
+    config: FusionConfig,
+    sampling_prior: Sequence[float],
+    population_prior: Sequence[float] | None,
+    seed: int,
+) -> tuple[ContextModel, np.ndarray]:
+    """Fits one context's model on out-of-fold image scores.
+
+    Args:
+        context: which features it may read.
+        task: classes and columns.
+        image_log_probabilities: out-of-fold log_softmax of the network's logits (N, K); None fits on metadata alone.
+        columns: metadata column -> N values; not read in "image_only".
+        labels: class indices int (N,).
+        groups: patient ids (N,) for context "patient".
+        folds: fold of each row int (N,), at least two; no patient may span two folds.
+        config: boosting and calibration settings.
+        sampling_prior: class frequencies (K,) in the network's training sample.
+        population_prior: class frequencies (K,) where the model is used; None = those of these rows.
+        seed: of bagging, feature sampling and masking. Same inputs and seed give the same model.
+
+    Returns:
+        (model, out-of-fold probabilities float64 (N, K)). Scaling and boosters of those are cross-fitted; the final
+        two-parameter risk calibration and the thresholds were fitted on them.
+
+    Raises:
+        ValueError: fewer than two folds, labels out of range, or no malignant or no benign row.
+    """
+    labels, folds = np.asarray(labels, dtype=np.int64), np.asarray(folds, dtype=np.int64)
+    columns = {} if columns is None else columns
+    _check_rows(labels, folds, task)
+    image = checked_image(image_log_probabilities, task.num_classes, needed=image_log_probabilities is not None)
+    row_prior = np.bincount(labels, minlength=task.num_classes) / len(labels)
+    sampling = _checked_prior("sampling_prior", sampling_prior, task)
+    population = row_prior if population_prior is None else _checked_prior("population_prior", population_prior, task)
+
+    def scaled_image(rows: np.ndarray) -> tuple[ClassScaling | None, np.ndarray]:
+        """Image scaling fitted on some rows (bool (N,)), and the logits (N, K) it gives all rows."""
+        scaling = None if image is None else ClassScaling.fit(image[rows], labels[rows], sampling, row_prior)
+        return scaling, image_margins(scaling, row_prior, image, len(labels))
+
+    held_out = [folds == fold for fold in np.unique(folds)]
+    starts = [scaled_image(~rows)[1] for rows in held_out]
+    margins = np.select([rows[:, None] for rows in held_out], starts)
+    every_row = np.ones(len(labels), dtype=bool)
+    scaling, final_start = scaled_image(every_row)
+
+    spec = FeatureSpec.fit(context, task, columns, has_image=image is not None)
+    trees: dict[str, Any] = {}
+    if context != "image_only":
+        encoded = spec.encode(columns, len(labels))
+        matrix, names = spec.assemble(encoded, image, groups)
+
+        def boosters(bag: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> list[lightgbm.Booster]:
+            """A bag's boosters, one per part: (logits (N, K) to start from, bool (N,) rows to train on)."""
+            rng = np.random.default_rng([seed, bag])
+            masked, _ = spec.assemble(leave_out_at_random(encoded, config.masked_rows, rng), image, groups)
+            common = (task.malignant_mask, spec.categorical_features, config.lightgbm_parameters(seed, bag))
+            return [start_booster(masked[rows], start[rows], labels[rows], *common) for start, rows in parts]
+
+        fold_parts = [(start, ~rows) for start, rows in zip(starts, held_out, strict=True)]
+        folded = [boosters(bag, fold_parts) for bag in range(config.num_bags)]
+        num_rounds, margins = _choose_rounds(folded, held_out, matrix, margins, labels, task, config)
+        final = [boosters(bag, [(final_start, every_row)])[0] for bag in range(config.num_bags if num_rounds else 0)]
+        for booster in final:
+            grow(booster, num_rounds)
+        trees = {"boosters": [finish(booster) for booster in final], "feature_names": names, "num_rounds": num_rounds}
+
+    probabilities = np.exp(log_softmax(margins))
+    malignant = task.malignant_mask[labels]
+    calibrator = CALIBRATORS[config.calibration].fit(probabilities[:, task.malignant_mask].sum(axis=1), malignant)
+    calibrated = to_probabilities(margins, task.malignant_mask, calibrator, row_prior, population)
+    risk = calibrated[:, task.malignant_mask].sum(axis=1)
+    model = ContextModel(
+        spec=spec,
+        classes=list(task.classes),
+        malignant_mask=task.malignant_mask,
+        scaling=scaling,
+        calibrator=calibrator,
+        thresholds=choose_thresholds(malignant, risk, config.sensitivities, config.operating_sensitivity),
+        row_prior=row_prior,
+        population_prior=population,
+        **trees,
+    )
+    return model, calibrated
+
+
+def _checked_prior(name: str, prior: Sequence[float], task: TaskSpec) -> np.ndarray:
+    values = np.asarray(prior, dtype=np.float64)
+    if values.shape != (task.num_classes,) or not (np.isfinite(values) & (values >= 0)).all() or values.sum() <= 0:
+        raise ValueError(f"{name} is {values.tolist()}; expected {task.num_classes} non-negative class frequencies")
+    return values / values.sum()
+
+
+def _check_rows(labels: np.ndarray, folds: np.ndarray, task: TaskSpec) -> None:
+    if labels.shape != folds.shape or labels.ndim != 1:
+        raise ValueError(f"labels {labels.shape} and folds {folds.shape} must be vectors of the same length")
+    if len(np.unique(folds)) < 2:
+        raise ValueError(f"folds hold {len(np.unique(folds))} distinct values; cross-fitting needs at least 2")
+    if labels.min() < 0 or labels.max() >= task.num_classes:
+        raise ValueError(f"labels range from {labels.min()} to {labels.max()}; expected 0 to {task.num_classes - 1}")
+    malignant = int(task.malignant_mask[labels].sum())
+    if malignant in (0, len(labels)):
+        raise ValueError(f"{malignant} of {len(labels)} lesions are malignant; fusion needs malignant and benign ones")
+
+
+def _choose_rounds(
+    boosters: list[list[lightgbm.Booster]],
+    held_out: list[np.ndarray],
+    matrix: np.ndarray,
+    margins: np.ndarray,
+    labels: np.ndarray,
+    task: TaskSpec,
+    config: FusionConfig,
+) -> tuple[int, np.ndarray]:
+    """Grows each bag's and fold's booster in step and watches the log loss of the rows held out.
+
+    Returns:
+        (rounds with the lowest loss, 0 included; out-of-fold logits (N, K) at that number).
+    """
+
+    def log_loss(logits: np.ndarray) -> float:
+        return -float(np.mean(log_softmax(logits)[np.arange(len(labels)), labels]))
+
+    parts = [matrix[rows] for rows in held_out]
+    logits = margins.copy()
+    best_loss, best_rounds, best_logits = log_loss(margins), 0, margins
+    for start in range(0, config.num_boost_round, _ROUND_STEP):
+        rounds = min(_ROUND_STEP, config.num_boost_round - start)
+        for bag in boosters:
+            for rows, part, booster in zip(held_out, parts, bag, strict=True):
+                before = booster.current_iteration()
+                if added := grow(booster, rounds):
+                    logits[rows] += raw_scores(booster, part, task.malignant_mask, before, added) / len(boosters)
+        loss = log_loss(logits)
+        if loss < best_loss:
+            best_loss, best_rounds, best_logits = loss, start + rounds, logits.copy()
+        elif start + rounds - best_rounds >= _PATIENCE:
+            break
+    return best_rounds, best_logits
