@@ -61,9 +61,9 @@ Location = Annotated[str, _LocationMarker(), AfterValidator(resolve_location)]
 
 
 class JobConfig(BaseModel):
-    """Base of all job configs: unknown keys are errors."""
+    """Base of all job configs: unknown keys are errors, and default locations are resolved like given ones."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 Config = TypeVar("Config", bound=BaseModel)

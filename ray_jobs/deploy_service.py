@@ -1,0 +1,247 @@
+"""Deploys or updates the HTTP service for the champion, and waits until it answers with that model.
+
+The service runs on the cluster of RAY_ADDRESS or of the submitted job and outlives this job: its replicas take their
+code from a zip file below `releases`, their model from the registry's bundle, and hold absolute paths only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from modeling.bundle import load_bundle
+from modeling.engine_set import find_engine_set
+from modeling.registry import Registry
+from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
+from serve.release import write_release
+from serve.settings import (
+    APP_NAME,
+    DriftLoggerSettings,
+    FusionSettings,
+    IngressSettings,
+    ModelReference,
+    ScorerSettings,
+    ServeSettings,
+    StorageSettings,
+    UploadLimits,
+)
+from store.database import StoreUnavailableError, open_store
+
+_POLL_S = 0.3
+
+
+class DeployServiceConfig(JobConfig):
+    model: str = Field("champion", description="alias or version in the registry")
+    bundle: Location | None = Field(None, description="serve this bundle instead, without a registry")
+    tracking_uri: Location = "sqlite:///mlflow.db"
+    artifact_root: Location = "mlflow-artifacts"
+    model_name: str = "dermray"
+    engine_sets: Location = "engine_sets"
+    store_url: Location = "sqlite:///store.db"
+    images_url: Location = "images"
+    spool_dir: Location = "spool"
+    patient_key_file: Location = Field("secrets/patient_hmac.key", description="made if missing")
+    releases: Location = "releases"
+    host: str = Field("127.0.0.1", description="a loopback address: the service asks no one for a key")
+    port: int = Field(8000, ge=1, le=65535)
+    ready_timeout_s: float = Field(180.0, gt=0)
+    limits: UploadLimits = Field(default_factory=UploadLimits)
+    ingress: IngressSettings = Field(default_factory=IngressSettings)
+    scorer: ScorerSettings = Field(default_factory=ScorerSettings)
+    fusion: FusionSettings = Field(default_factory=FusionSettings)
+    drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        try:
+            loopback = ipaddress.ip_address(value).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback:
+            raise ValueError("expected a loopback address such as 127.0.0.1, until the service checks keys")
+        return value
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+def resolve_model(config: DeployServiceConfig) -> ModelReference:
+    """The bundle to serve, verified, with the engine that export_engine chose for this device.
+
+    Raises:
+        ValueError: no such model or bundle, hashes that do not fit, or no engine that passed.
+    """
+    if config.bundle is not None:
+        bundle = load_bundle(config.bundle)
+        uri, version = config.bundle, f"bundle-{bundle.digest[:12]}"
+    else:
+        found = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+        bundle = load_bundle(found.uri, found.digest)
+        uri, version = found.uri, found.version
+    engine_set = find_engine_set(config.engine_sets, bundle.digest)
+    if engine_set is None:
+        say("no engine set for this bundle and device (export_engine makes one): ONNX Runtime with one thread")
+    engine = None if engine_set is None else engine_set.choice
+    return ModelReference(bundle_uri=uri, sha256=bundle.digest, version=version, engine=engine)
+
+
+def ensure_patient_key(path: Path) -> None:
+    """Makes the secret behind patient pseudonyms, readable by its owner only, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if path.stat().st_size == 0:
+            raise ValueError(f"patient_key_file {path} is empty; expected a secret") from None
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(32))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
+    """What the replicas are told."""
+    return ServeSettings(
+        storage=StorageSettings(
+            store_url=config.store_url,
+            images_url=config.images_url,
+            spool_dir=config.spool_dir,
+            patient_key_file=config.patient_key_file,
+        ),
+        limits=config.limits,
+        ingress=config.ingress,
+        scorer=config.scorer,
+        fusion=config.fusion,
+        drift_logger=config.drift_logger,
+        runtime_env={"working_dir": release.as_uri(), "env_vars": {"DERMRAY_HOME": str(dermray_home())}},
+    )
+
+
+def start_serve(config: DeployServiceConfig) -> None:
+    """Starts Serve on this cluster, or checks that it listens where the config says.
+
+    Raises:
+        ValueError: no cluster that outlives this process, the port is taken, or Serve listens elsewhere.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS") or submitted):
+        raise ValueError("no Ray cluster: submit this job, or set RAY_ADDRESS; the service would end with this process")
+    connect_ray()
+    try:
+        running = _get_global_client().http_config
+    except RayServeException:
+        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, config.port))
+            except OSError as error:
+                raise ValueError(f"port {config.port}: {error.strerror}; give another --port") from error
+        # One node; on several, every node that holds a replica gets a proxy.
+        serve.start(
+            proxy_location=ProxyLocation.EveryNode, http_options=HTTPOptions(host=config.host, port=config.port)
+        )
+        return
+    if (running.host, running.port) != (config.host, config.port):
+        raise ValueError(
+            f"Serve listens on {running.host}:{running.port} already, not {config.host}:{config.port}; "
+            f"give --port {running.port}, or shut Serve down first"
+        )
+
+
+def _get(url: str) -> dict[str, Any] | None:
+    """The JSON behind a URL; None while there is none."""
+    # No proxy: the address is loopback, whatever http_proxy says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as response:
+            return json.load(response)
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None:
+    """Returns once the application runs and every node answers with this model.
+
+    Raises:
+        ValueError: a deployment failed, with its reason.
+        TimeoutError: not ready in `ready_timeout_s`, with the state of each deployment.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + config.ready_timeout_s
+    while True:
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ValueError(f"the service did not start: {_reason(application)}")
+        if application is not None and application.status == "RUNNING":
+            ready = _get(f"{config.url}/readyz")
+            if ready is not None and ready["status"] == "ok":
+                card = _get(f"{config.url}/v1/model")
+                if card is not None and (card["digest"], card["model_version"]) == (model.sha256, model.version):
+                    return
+        if time.monotonic() > deadline:
+            state = "is not deployed" if application is None else f"is {application.status}: {_reason(application)}"
+            raise TimeoutError(f"the service was not ready in {config.ready_timeout_s:g} s; it {state}")
+        time.sleep(_POLL_S)
+
+
+def _reason(application: Any) -> str:
+    parts = [application.message] if application.message else []
+    parts += [
+        f"{name} {deployment.status}: {deployment.message}"
+        for name, deployment in application.deployments.items()
+        if deployment.message
+    ]
+    return " | ".join(" ".join(part.split()) for part in parts) or "no message"
+
+
+def run(config: DeployServiceConfig) -> dict[str, Any]:
+    """Deploys; returns where the service answers and which model."""
+    from ray.serve.api import RunTarget, run_many
+
+    from serve.app import build_app
+
+    model = resolve_model(config)
+    try:
+        open_store(config.store_url).close()
+    except StoreUnavailableError as error:
+        raise ValueError(f"store_url: {error}") from error
+    ensure_patient_key(Path(config.patient_key_file))
+    release = write_release(REPO_ROOT, Path(config.releases))
+    start_serve(config)
+    say(f"deploying model version {model.version} from {model.bundle_uri}")
+    application = build_app(serve_settings(config, release), model)
+    run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
+    wait_until_ready(config, model)
+    return {
+        "url": config.url,
+        "docs": f"{config.url}/docs",
+        "model_version": model.version,
+        "digest": model.sha256,
+        "engine": (_get(f"{config.url}/v1/model") or {}).get("engine"),
+        "release": str(release),
+    }
+
+
+if __name__ == "__main__":
+    run_job("deploy_service", DeployServiceConfig, run, __doc__)

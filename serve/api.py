@@ -1,0 +1,109 @@
+"""The HTTP contract as models: what each route answers, with examples for the OpenAPI page."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitoring.prediction_log import PredictionRecord
+from serve.errors import ApiError
+
+_PREDICTION = {
+    "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
+    "risk": 0.0412,
+    "image_score": 0.62,
+    "class_probabilities": {"benign": 0.9588, "malignant": 0.0412},
+    "band": "moderate",
+    "threshold": 0.0105,
+    "model_version": "3",
+    "context": "none",
+    "abstained": False,
+    "reasons": [],
+    "stage_ms": {"decode": 0.6, "score": 6.1, "fuse": 1.9, "log": 5.2, "total": 14.1},
+}
+
+
+class Prediction(BaseModel):
+    """One lesion's answer; its record and image are on disk."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_PREDICTION]})
+
+    prediction_id: str = Field(description="id of the log row; labels refer to it")
+    risk: float | None = Field(description="calibrated probability that the lesion is malignant; null when abstained")
+    image_score: float | None = Field(description="the image network's uncalibrated malignancy score")
+    class_probabilities: dict[str, float] | None = Field(description="calibrated probability per class")
+    band: Literal["low", "moderate", "high"] | None
+    threshold: float | None = Field(description="risk at and above which a lesion counts as positive")
+    model_version: str
+    context: Literal["image_only", "none", "patient"] = Field(
+        description="what the risk rests on: image_only; none = with metadata, no patient context; patient"
+    )
+    abstained: bool
+    reasons: list[str] = Field(description="why it abstained")
+    stage_ms: dict[str, float] = Field(description="milliseconds per stage of the whole request")
+
+    @classmethod
+    def of(cls, record: PredictionRecord, stage_ms: dict[str, float]) -> Prediction:
+        """The answer that a stored record stands for."""
+        fields = record.model_dump(include=set(cls.model_fields) - {"prediction_id", "stage_ms"})
+        return cls.model_construct(prediction_id=record.id, stage_ms=stage_ms, **fields)
+
+
+class Problem(BaseModel):
+    """Every answer that is not a success."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": "invalid_field",
+                    "detail": "metadata field 'age_approx' is 400; expected a number from 0 to 120 or null",
+                }
+            ]
+        }
+    )
+
+    error: str = Field(description="short code for programs")
+    detail: str = Field(description="one line for people, naming the field")
+
+    @classmethod
+    def of(cls, error: ApiError) -> Problem:
+        return cls(error=error.error, detail=error.detail)
+
+
+class Health(BaseModel):
+    """Liveness and readiness; `checks` has one entry per node."""
+
+    status: Literal["ok", "unavailable"]
+    checks: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelCard(BaseModel):
+    """The model that answers now."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model_version: str
+    digest: str = Field(description="sha256 of the bundle's manifest")
+    task: str
+    synthetic: bool
+    classes: list[str]
+    malignant: list[str]
+    metadata_fields: dict[str, dict[str, Any]] = Field(description="fields that `metadata` may have")
+    contexts: dict[str, dict[str, Any]] = Field(description="thresholds and metrics per context")
+    engine: str
+    limits: dict[str, int]
+    notice: str
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": description}
+    for status, description in {
+        400: "the request is not a well-formed form",
+        413: "the body, an image file or its number of pixels is over the limit",
+        415: "the upload is not a JPEG, PNG or WebP file",
+        422: "a field is missing, malformed or out of range, or the picture does not decode",
+        503: "a node does not answer or the record is on no disk; send the same request again after Retry-After",
+    }.items()
+}

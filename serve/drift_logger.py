@@ -1,0 +1,123 @@
+"""The sidecar: commits what the ingress replicas answered, for the log that drift is measured on.
+
+Images first, then one transaction for everything that waits; a call returns once its rows are on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from monitoring.prediction_log import PredictionLog, PredictionRecord
+from serve.group_commit import GroupCommit
+from serve.settings import StorageSettings
+from store.database import StoreUnavailableError
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What one HTTP request leaves in the log: its records, and their images (stored bytes by hash)."""
+
+    records: tuple[PredictionRecord, ...]
+    images: dict[str, bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.images.values())) + 2048 * len(self.records)
+
+
+Ack = tuple[PredictionRecord, ...] | None
+"""A committed entry: None = as it was sent. With idempotency keys: its records as stored, which an earlier request
+under the same key may have written, so that two requests with one key get one answer."""
+
+
+def open_log(storage: StorageSettings) -> PredictionLog:
+    """The prediction log at these places; the database is opened on first use."""
+    return PredictionLog(storage.store_url, storage.images_url, storage.spool_dir)
+
+
+class DriftLoggerLogic:
+    """Writes entries, as one transaction where possible. Not thread-safe: one writer."""
+
+    def __init__(self, log: PredictionLog):
+        self._log = log
+
+    def commit(self, entries: Sequence[LogEntry]) -> list[Ack | Exception]:
+        """Commits all entries; per entry what its caller may answer, or why the store refuses this one.
+
+        Raises:
+            StoreUnavailableError: nothing was committed for sure; the same entries may be sent again.
+        """
+        try:
+            self._write(entries)
+        except StoreUnavailableError:
+            raise
+        except Exception as error:
+            if len(entries) == 1:
+                return [error]
+            # One entry that the store refuses must not take its neighbours along.
+            return [result for entry in entries for result in self.commit([entry])]
+        return [self._ack(entry) for entry in entries]
+
+    def _write(self, entries: Sequence[LogEntry]) -> None:
+        images = {name: data for entry in entries for name, data in entry.images.items()}
+        self._log.write([record for entry in entries for record in entry.records], images)
+
+    def _ack(self, entry: LogEntry) -> Ack:
+        if all(record.idempotency_key is None for record in entry.records):
+            return None
+        return tuple(
+            (record.idempotency_key and self._log.find_by_idempotency_key(record.caller, record.idempotency_key))
+            or record
+            for record in entry.records
+        )
+
+    def find(self, caller: str, keys: Sequence[str]) -> list[PredictionRecord | None]:
+        """The caller's stored records under these idempotency keys."""
+        return [self._log.find_by_idempotency_key(caller, key) for key in keys]
+
+    def ping(self) -> bool:
+        """True when the database answers; StoreUnavailableError otherwise."""
+        with self._log.store.reading():
+            return True
+
+
+class DriftLogger:
+    """Deployment around `DriftLoggerLogic`: one replica, whose calls share commits."""
+
+    def __init__(self, storage: dict[str, Any]):
+        self._logic = DriftLoggerLogic(open_log(StorageSettings.model_validate(storage)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._commits = GroupCommit(self._commit, size=lambda entry: entry.num_bytes)
+
+    async def _commit(self, entries: list[LogEntry]) -> list[Ack | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.commit, entries)
+
+    async def write(self, entries: list[LogEntry]) -> list[Ack | Exception]:
+        """Commits the entries; see `DriftLoggerLogic.commit`."""
+        results = await asyncio.gather(*map(self._commits.submit, entries), return_exceptions=True)
+        for result in results:
+            if isinstance(result, StoreUnavailableError):
+                raise result
+            if isinstance(result, Exception):
+                logger.error("the store refused an entry: %s", result)
+        return [_plain(result) for result in results]
+
+    async def find(self, caller: str, keys: list[str]) -> list[PredictionRecord | None]:
+        """See `DriftLoggerLogic.find`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.find, caller, keys)
+
+    async def ping(self) -> bool:
+        """See `DriftLoggerLogic.ping`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.ping)
+
+
+def _plain(result: Any) -> Any:
+    """Errors of drivers may not survive pickling; their text does."""
+    return RuntimeError(str(result)) if isinstance(result, BaseException) else result

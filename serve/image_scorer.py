@@ -1,0 +1,118 @@
+"""The image node: resized pictures in, class log-probabilities and a small projection of the embedding out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from modeling.bundle import load_bundle
+from modeling.engines import create_engine
+from serve.settings import ModelReference, ScorerSettings
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """What the network says of N pictures, and which model said it.
+
+    Attributes:
+        digest: the bundle's digest.
+        log_probabilities: float32 (N, K), log softmax of the logits; uncalibrated, training prior.
+        projections: float32 (N, 64), what the log keeps of the embedding.
+    """
+
+    digest: str
+    log_probabilities: np.ndarray
+    projections: np.ndarray
+
+    def __getitem__(self, rows: slice) -> ImageScores:
+        return ImageScores(self.digest, self.log_probabilities[rows], self.projections[rows])
+
+
+class ImageScorerLogic:
+    """One verified bundle's engine, warm. `score` may be called from several threads."""
+
+    def __init__(self, model: ModelReference, max_batch_size: int):
+        bundle = load_bundle(model.bundle_uri, model.sha256)
+        self.digest = bundle.digest
+        self.input_size = bundle.manifest.input_size
+        self.engine = create_engine(bundle, model.engine)
+        self._matrix, self._mean = bundle.projection()
+        self._max_batch_size = max_batch_size
+        for batch in sorted({1, max_batch_size}):
+            self.engine.warm_up(batch)
+
+    def score(self, images: np.ndarray) -> ImageScores:
+        """Scores uint8 (N, S, S, 3), at most `max_batch_size` at a time, so that memory stays bounded."""
+        log_probabilities, projections = [], []
+        for start in range(0, len(images), self._max_batch_size):
+            output = self.engine.run(images[start : start + self._max_batch_size])
+            shifted = output.logits - output.logits.max(axis=1, keepdims=True)
+            log_probabilities.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+            projections.append((output.embedding - self._mean) @ self._matrix)
+        return ImageScores(
+            self.digest,
+            np.concatenate(log_probabilities).astype(np.float32),
+            np.concatenate(projections).astype(np.float32),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"digest": self.digest, "engine": self.engine.name}
+
+
+class ImageScorer:
+    """Deployment around `ImageScorerLogic`.
+
+    A request whose pictures do not fit the loaded model's input gets None: the caller sees another model's digest, or
+    none, while a new model is rolled out, and asks again.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        self._settings = ScorerSettings.model_validate(settings)
+        self._logic: ImageScorerLogic | None = None
+        # One thread: the engine's own threads fill the replica's CPUs, and the event loop stays free meanwhile.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.score_one.set_max_batch_size(self._settings.max_batch_size)
+        self.score_one.set_batch_wait_timeout_s(self._settings.batch_wait_timeout_s)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Loads and warms the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
+        model = ModelReference.model_validate(config)
+        load = asyncio.get_running_loop().run_in_executor
+        self._logic = await load(None, ImageScorerLogic, model, self._settings.max_batch_size)
+
+    def _fits(self, images: np.ndarray) -> bool:
+        size = self._loaded().input_size
+        return images.shape[1:] == (size, size, 3)
+
+    def _loaded(self) -> ImageScorerLogic:
+        assert self._logic is not None, "Serve calls reconfigure before the first request"
+        return self._logic
+
+    @serve.batch
+    async def score_one(self, images: list[np.ndarray]) -> Sequence[ImageScores | None]:
+        """One picture a request, uint8 (1, S, S, 3); requests that arrive together run as one batch."""
+        logic = self._loaded()
+        fitting = [index for index, image in enumerate(images) if self._fits(image)]
+        answers: list[ImageScores | None] = [None] * len(images)
+        if fitting:
+            batch = np.concatenate([images[index] for index in fitting])
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, batch)
+            for row, index in enumerate(fitting):
+                answers[index] = scores[row : row + 1]
+        return answers
+
+    async def score_many(self, images: np.ndarray) -> ImageScores | None:
+        """A request's own batch, uint8 (N, S, S, 3)."""
+        logic = self._loaded()
+        if not self._fits(images):
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, images)
+
+    async def describe(self) -> dict[str, Any]:
+        return self._loaded().describe()

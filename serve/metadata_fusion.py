@@ -1,0 +1,139 @@
+"""The fusion node: image log-probabilities and metadata in, calibrated risk, band and threshold out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modeling.bundle import load_bundle
+from serve.settings import ModelReference
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FusedRisk:
+    """One lesion's calibrated answer.
+
+    Attributes:
+        context: which model answered: "none" = image and own metadata, "image_only" = no metadata.
+        class_probabilities: calibrated, by class name.
+        risk: their sum over the malignant classes.
+        band: "low", "moderate" or "high".
+        threshold: the risk at and above which a lesion counts as positive.
+    """
+
+    context: str
+    class_probabilities: dict[str, float]
+    risk: float
+    band: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class FusedRisks:
+    """Answers for N lesions, in order, and the digest of the bundle that gave them."""
+
+    digest: str
+    risks: list[FusedRisk]
+
+
+def has_metadata(record: Record | None) -> bool:
+    """Whether a cleaned record says anything: an empty one is scored by its picture alone."""
+    return record is not None and any(value is not None for value in record.values())
+
+
+class MetadataFusionLogic:
+    """The context models of one verified bundle that a single lesion can be asked in."""
+
+    def __init__(self, model: ModelReference):
+        bundle = load_bundle(model.bundle_uri, model.sha256)
+        self.digest = bundle.digest
+        self._task = bundle.task
+        self._models = {
+            name: bundle.contexts[name] for name in bundle.manifest.contexts if name in ("image_only", "none")
+        }
+        if "image_only" not in self._models:
+            raise ValueError(f"bundle {model.bundle_uri} has no image_only context; it cannot be served")
+        self._metrics = {name: bundle.metrics(name) for name in self._models}
+        # The first prediction of a LightGBM booster sets it up.
+        empty = dict.fromkeys(self._task.columns)
+        uniform = np.full((1, self._task.num_classes), -np.log(self._task.num_classes), np.float32)
+        for name in self._models:
+            self._predict(name, uniform, [empty])
+
+    def context_of(self, record: Record | None) -> str:
+        """ "none" where there is metadata and the bundle can use it, else "image_only"."""
+        return "none" if "none" in self._models and has_metadata(record) else "image_only"
+
+    def _predict(self, context: str, log_probabilities: np.ndarray, records: Sequence[Record]) -> np.ndarray:
+        columns = None
+        if context != "image_only":
+            columns = {name: [record.get(name) for record in records] for name in self._task.columns}
+        return self._models[context].predict(log_probabilities, columns, None)
+
+    def fuse(self, log_probabilities: np.ndarray, records: Sequence[Record | None]) -> FusedRisks:
+        """Fuses float32 (N, K) with N cleaned records (None: no metadata given)."""
+        risks: list[FusedRisk | None] = [None] * len(records)
+        contexts = [self.context_of(record) for record in records]
+        for context in sorted(set(contexts)):
+            rows = [row for row, name in enumerate(contexts) if name == context]
+            probabilities = self._predict(context, log_probabilities[rows], [records[row] or {} for row in rows])
+            for row, values in zip(rows, probabilities, strict=True):
+                risks[row] = self._answer(context, values)
+        return FusedRisks(self.digest, [risk for risk in risks if risk is not None])
+
+    def _answer(self, context: str, probabilities: np.ndarray) -> FusedRisk:
+        thresholds = self._models[context].thresholds
+        risk = float(probabilities[self._task.malignant_mask].sum())
+        return FusedRisk(
+            context=context,
+            class_probabilities={
+                name: float(value) for name, value in zip(self._task.classes, probabilities, strict=True)
+            },
+            risk=risk,
+            band=thresholds.band(risk),
+            threshold=float(thresholds.threshold),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Thresholds and metrics by context, for the model card."""
+        return {
+            "digest": self.digest,
+            "contexts": {
+                name: {"thresholds": model.thresholds.model_dump(mode="json"), "metrics": self._metrics[name]}
+                for name, model in self._models.items()
+            },
+        }
+
+
+class MetadataFusion:
+    """Deployment around `MetadataFusionLogic`."""
+
+    def __init__(self) -> None:
+        self._logic: MetadataFusionLogic | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Loads the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
+        model = ModelReference.model_validate(config)
+        self._logic = await asyncio.get_running_loop().run_in_executor(None, MetadataFusionLogic, model)
+
+    def _loaded(self) -> MetadataFusionLogic:
+        assert self._logic is not None, "Serve calls reconfigure before the first request"
+        return self._logic
+
+    async def fuse(self, log_probabilities: np.ndarray, records: list[Record | None]) -> FusedRisks:
+        """See `MetadataFusionLogic.fuse`."""
+        logic = self._loaded()
+        if len(records) == 1:
+            return logic.fuse(log_probabilities, records)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.fuse, log_probabilities, records)
+
+    async def describe(self) -> dict[str, Any]:
+        return self._loaded().describe()

@@ -1,0 +1,126 @@
+"""What a deployed service is told: limits, sizes of the four nodes, and absolute places of its data.
+
+The settings travel as JSON in the deployments' arguments; the model travels in `user_config`, so that a new champion
+changes no argument and restarts no replica.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+APP_NAME = "dermray"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class UploadLimits(_Settings):
+    """What an upload may cost, checked before any pixel is decoded."""
+
+    max_image_bytes: int = Field(20 * 2**20, ge=1024, description="one image file")
+    max_pixels: int = Field(50_000_000, ge=64, description="width x height, read from the image's header")
+    max_batch_images: int = Field(256, ge=1, description="images of one /v1/predict/batch request")
+    max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="body of one /v1/predict/batch request")
+
+
+class IngressSettings(_Settings):
+    """The HTTP node: decodes, calls the other nodes, answers."""
+
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.2, ge=0)
+    decode_threads: int = Field(2, ge=1)
+    max_ongoing_requests: int = Field(128, ge=1)
+    max_queued_requests: int = Field(512, ge=-1)
+    request_timeout_s: float = Field(30.0, gt=0, description="after it, 503 with Retry-After")
+    retry_after_s: int = Field(2, ge=1, description="what a 503 tells the client")
+
+
+class ScorerSettings(_Settings):
+    """The image network: batches across requests, scales with the load."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    num_cpus: float = Field(0.5, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    target_ongoing_requests: float = Field(16, gt=0)
+    max_ongoing_requests: int = Field(128, ge=1)
+    max_batch_size: int = Field(32, ge=1)
+    batch_wait_timeout_s: float = Field(0.002, ge=0, description="0 gives batches of one")
+    upscale_delay_s: float = Field(10.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScorerSettings:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}; expected at least min_replicas {self.min_replicas}")
+        if self.max_ongoing_requests < self.max_batch_size:
+            raise ValueError(
+                f"max_ongoing_requests is {self.max_ongoing_requests}; expected at least max_batch_size "
+                f"{self.max_batch_size}, or no batch is ever full"
+            )
+        return self
+
+
+class FusionSettings(_Settings):
+    """Metadata fusion, calibration and thresholds."""
+
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, ge=0)
+    max_ongoing_requests: int = Field(128, ge=1)
+
+
+class DriftLoggerSettings(_Settings):
+    """The sidecar that commits predictions, and how long an ingress waits for it before it spools."""
+
+    num_cpus: float = Field(0.1, ge=0)
+    max_ongoing_requests: int = Field(256, ge=1)
+    attempts: int = Field(2, ge=1, description="calls with the same ids before the ingress spools")
+    attempt_timeout_s: float = Field(4.0, gt=0)
+    replay_interval_s: float = Field(1.0, gt=0, description="between tries to empty the spool")
+
+
+class StorageSettings(_Settings):
+    """Where predictions go; absolute paths or URLs, because a replica's working directory is temporary.
+
+    `patient_key_file` holds the secret behind patient pseudonyms; it is read by the ingress and never logged.
+    """
+
+    store_url: str
+    images_url: str
+    spool_dir: str
+    patient_key_file: str
+
+    @field_validator("spool_dir", "patient_key_file")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if not os.path.isabs(value):
+            raise ValueError(f"{value!r} is relative; expected an absolute path")
+        return value
+
+
+class ServeSettings(_Settings):
+    """Everything but the model."""
+
+    storage: StorageSettings
+    limits: UploadLimits = Field(default_factory=UploadLimits)
+    ingress: IngressSettings = Field(default_factory=IngressSettings)
+    scorer: ScorerSettings = Field(default_factory=ScorerSettings)
+    fusion: FusionSettings = Field(default_factory=FusionSettings)
+    drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
+    runtime_env: dict[str, Any] | None = Field(None, description="code and environment of every replica")
+
+
+class ModelReference(_Settings):
+    """Which bundle to serve: the `user_config` of the three nodes that hold a model.
+
+    `engine` is what `modeling.engines.create_engine` takes; None is its default.
+    """
+
+    bundle_uri: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    version: str = Field(min_length=1, max_length=64)
+    engine: dict[str, Any] | None = None

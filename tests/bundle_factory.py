@@ -1,0 +1,99 @@
+"""A tiny bundle to serve, pictures to send, and a graph without Ray: the three nodes called in process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
+from serve.image_scorer import ImageScorerLogic
+from serve.metadata_fusion import MetadataFusionLogic
+from serve.settings import ModelReference, StorageSettings
+from tests.tiny_bundle import tiny_bundle
+
+CONTEXTS = ["image_only", "none"]
+
+
+def served_bundle(
+    directory: Path, version: str = "1", onnx_bias: float = 0.0, synthetic: bool = True
+) -> ModelReference:
+    """A bundle with both single-lesion contexts; another `onnx_bias` gives another model."""
+    bundle = tiny_bundle(directory, contexts=CONTEXTS, onnx_bias=onnx_bias, synthetic=synthetic)
+    return ModelReference(bundle_uri=str(directory), sha256=bundle.digest, version=version)
+
+
+def lesion_image(seed: int = 0, size: int = 48, suffix: str = ".jpg") -> bytes:
+    """An encoded picture of a dark blob on skin; another seed gives other bytes."""
+    rng = np.random.default_rng(seed)
+    image = np.full((size, size, 3), rng.integers(140, 220, 3), np.uint8)
+    centre = tuple(int(value) for value in rng.integers(size // 3, 2 * size // 3, 2))
+    cv2.circle(image, centre, size // 4, tuple(int(value) for value in rng.integers(20, 120, 3)), -1)
+    noisy = np.clip(image.astype(int) + rng.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
+    return cv2.imencode(suffix, noisy)[1].tobytes()
+
+
+def storage(home: Path) -> StorageSettings:
+    """Places below a test's home, with a patient key."""
+    key = home / "patient.key"
+    if not key.exists():
+        key.write_bytes(b"a test's secret")
+    return StorageSettings(
+        store_url=f"sqlite:///{home}/store.db",
+        images_url=str(home / "images"),
+        spool_dir=str(home / "spool"),
+        patient_key_file=str(key),
+    )
+
+
+class LocalScorer:
+    """`Scorer` in process."""
+
+    def __init__(self, reference: ModelReference):
+        self.logic = ImageScorerLogic(reference, max_batch_size=4)
+
+    async def score(self, images):
+        return self.logic.score(images)
+
+    async def describe(self):
+        return self.logic.describe()
+
+
+class LocalFusion:
+    """`Fusion` in process."""
+
+    def __init__(self, reference: ModelReference):
+        self.logic = MetadataFusionLogic(reference)
+
+    async def fuse(self, log_probabilities, records):
+        return self.logic.fuse(log_probabilities, records)
+
+    async def describe(self):
+        return self.logic.describe()
+
+
+class LocalSidecar:
+    """`Sidecar` in process; while `down` is set, every call raises it."""
+
+    def __init__(self, places: StorageSettings):
+        self.logic = DriftLoggerLogic(open_log(places))
+        self.down: Exception | None = None
+        self.calls: list[list[LogEntry]] = []
+
+    def _answer(self):
+        if self.down is not None:
+            raise self.down
+
+    async def write(self, entries):
+        self.calls.append(entries)
+        self._answer()
+        return self.logic.commit(entries)
+
+    async def find(self, caller, keys):
+        self._answer()
+        return self.logic.find(caller, keys)
+
+    async def ping(self):
+        self._answer()
+        return self.logic.ping()
