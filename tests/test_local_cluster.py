@@ -70,7 +70,7 @@ def test_ending_a_cluster_ends_orphans_and_the_deaf_and_spares_everyone_else():
 
 
 def test_a_cluster_that_cannot_start_says_why_and_leaves_nothing(tmp_path):
-    cluster = LocalCluster(tmp_path, object_store_bytes=-1)
+    cluster = LocalCluster(tmp_path, object_store_bytes="many")
     with pytest.raises(RuntimeError, match="ray start ended: .*"):
         cluster.start(timeout_s=60)
     assert LocalCluster.load(tmp_path) is None
@@ -141,12 +141,12 @@ def test_a_submitted_job_writes_below_its_home_and_reports_its_result(ray_cluste
 @pytest.mark.ray
 def test_a_failing_job_is_reported_with_its_own_reason(ray_cluster, tmp_path):
     environment = ray_cluster.client_environment()
-    with pytest.raises(JobFailedError, match="prepare_dataset: error: .*nowhere.hdf5"):
+    with pytest.raises(JobFailedError, match="prepare_dataset: error: .*no_such_key"):
         run_job_on(
             environment,
             tmp_path,
             "prepare_dataset",
-            ["--images", "nowhere.hdf5", "--metadata", "nowhere.csv"],
+            ["--no-such-key", "1"],
             f"prepare-{time.time_ns()}",
         )
     name = f"long-{time.time_ns()}"
