@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from modeling.registry import Registry
 from pydantic import Field
 
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
+from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
 from training.config import TrainingConfig
 from training.evaluation_plots import plot_evaluation

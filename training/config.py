@@ -65,5 +65,8 @@ class TrainingConfig(BaseModel):
         return self
 
     def threads(self) -> int:
-        """Torch threads of a worker; Ray sets OMP_NUM_THREADS=1 for fractional CPUs, so they are set explicitly."""
-        return self.workers.torch_threads or os.cpu_count() or 1
+        """Torch threads of a worker; Ray sets OMP_NUM_THREADS=1 for fractional CPUs, so they are set explicitly.
+
+        Counts the cores this process may use, which a container or a CPU set can make fewer than the machine has.
+        """
+        return self.workers.torch_threads or len(os.sched_getaffinity(0))

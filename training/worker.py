@@ -86,7 +86,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             config.optimizer.label_smoothing,
             progress.step(epoch) if progress else None,
         )
-        metrics |= {"epoch": epoch + 1, "train_rows_per_second": metrics["train_rows"] / (time.monotonic() - started)}
+        metrics |= {
+            "epoch": epoch + 1,
+            "resumed_after": first_epoch,
+            "train_rows_per_second": metrics["train_rows"] / (time.monotonic() - started),
+        }
         last = epoch + 1 == config.optimizer.epochs
         predictions = None
         if settings["evaluate"] == "every" or (settings["evaluate"] == "last" and last):
