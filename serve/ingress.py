@@ -26,6 +26,7 @@ from serve.lesion import (
     parse_metadata,
     parse_text,
 )
+from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.prediction_service import Outcome, PredictionService
 from serve.served_model import ServedModel
@@ -60,8 +61,7 @@ def _validation_problem(error: RequestValidationError) -> ApiError:
 
 
 def _http_problem(error: HTTPException) -> ApiError:
-    detail = "the request body is over the limit" if error.status_code == 413 else str(error.detail)
-    return ApiError(error.status_code, _CODES.get(error.status_code, "http_error"), detail)
+    return ApiError(error.status_code, _CODES.get(error.status_code, "http_error"), str(error.detail))
 
 
 def _add_error_handlers(api: FastAPI) -> None:
@@ -103,14 +103,13 @@ def build_api(service: PredictionService) -> FastAPI:
         responses={503: PROBLEMS[503]},
     )
     _add_error_handlers(api)
+    bodies = {"/v1/predict": limits.max_image_bytes, "/v1/predict/batch": limits.max_batch_bytes}
+    api.add_middleware(
+        BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
+    )
+    api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
 
-    @api.middleware("http")
-    async def say_notice(request: Request, call_next: Any) -> Any:
-        response = await call_next(request)
-        response.headers[NOTICE_HEADER] = service.model.notice
-        return response
-
-    @api.post("/v1/predict", responses=PROBLEMS, max_body_size=limits.max_image_bytes + _FORM_BYTES)
+    @api.post("/v1/predict", responses=PROBLEMS)
     async def predict(
         request: Request,
         image: Annotated[UploadFile, File(description="JPEG, PNG or WebP")],
@@ -134,7 +133,7 @@ def build_api(service: PredictionService) -> FastAPI:
             raise outcome
         return Prediction.of(*outcome)
 
-    @api.post("/v1/predict/batch", responses=PROBLEMS, max_body_size=limits.max_batch_bytes + _FORM_BYTES)
+    @api.post("/v1/predict/batch", responses=PROBLEMS)
     async def predict_batch(
         request: Request,
         images: Annotated[list[UploadFile], File(description="JPEG, PNG or WebP, each under this name")],

@@ -1,0 +1,45 @@
+"""The scorer gives the network's log-probabilities and the log's projection, whatever the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modeling.bundle import load_bundle
+from serve.image_scorer import ImageScorerLogic
+from tests.bundle_factory import served_bundle
+from tests.tiny_bundle import SIZE, expected_outputs
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return served_bundle(tmp_path_factory.mktemp("scorer") / "bundle")
+
+
+def test_scores_are_log_probabilities_and_do_not_depend_on_the_batch(reference):
+    images = np.random.default_rng(0).integers(0, 256, (11, SIZE, SIZE, 3), np.uint8)
+    scores = ImageScorerLogic(reference, max_batch_size=4).score(images)
+    logits, embedding = expected_outputs(images)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert np.allclose(scores.log_probabilities, expected, atol=1e-5)
+    assert np.allclose(np.exp(scores.log_probabilities).sum(1), 1, atol=1e-6)
+    matrix, mean = load_bundle(reference.bundle_uri).projection()
+    assert np.allclose(scores.projections, (embedding - mean) @ matrix, atol=1e-5)
+    assert scores.log_probabilities.dtype == scores.projections.dtype == np.float32
+    one = ImageScorerLogic(reference, max_batch_size=1).score(images[3:4])
+    assert np.allclose(one.log_probabilities, scores[3:4].log_probabilities, atol=1e-6)
+    assert one.digest == reference.sha256
+
+
+def test_extreme_logits_stay_finite(tmp_path):
+    reference = served_bundle(tmp_path / "bundle", onnx_bias=1e4)
+    scores = ImageScorerLogic(reference, max_batch_size=4).score(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    assert np.isfinite(scores.log_probabilities).all()
+
+
+def test_a_bundle_that_was_changed_is_refused(reference, tmp_path):
+    other = served_bundle(tmp_path / "bundle", onnx_bias=1.0)
+    with pytest.raises(ValueError, match="refused"):
+        ImageScorerLogic(reference.model_copy(update={"bundle_uri": other.bundle_uri}), max_batch_size=4)
+    with pytest.raises(ValueError, match="unknown engine"):
+        ImageScorerLogic(reference.model_copy(update={"engine": {"engine": "abacus"}}), max_batch_size=4)
