@@ -41,6 +41,12 @@ def test_a_view_in_another_memory_order_gives_the_same_answer(bundle):
     np.testing.assert_array_equal(engine.run(images[:, :, ::-1]).logits, engine.run(images[:, :, ::-1].copy()).logits)
 
 
+def test_idle_threads_do_not_spin(bundle):
+    """Spinning threads of one replica would take the cores from the others."""
+    options = create_engine(bundle)._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 @pytest.mark.parametrize(
     "images",
     [
