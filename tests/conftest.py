@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from local.cluster import LocalCluster
+from local.head_environment import LOOPBACK_ONLY
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SERVER_MARKS = ("ray", "browser", "slow")
@@ -36,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # By default SIGTERM ends pytest without running finalizers, and the cluster would stay.
     signal.signal(signal.SIGTERM, _end_like_an_interrupt)
     _forbidden_skips.clear()
+    # Ray reads this when it is imported, which test modules may do before any fixture runs.
+    os.environ.update(LOOPBACK_ONLY)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

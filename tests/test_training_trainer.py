@@ -1,0 +1,121 @@
+"""Real Ray Train runs: a killed worker resumes its epoch, workers share the rows, the gate split stays out."""
+
+import os
+import signal
+import threading
+import time
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+
+from data_pipelines.dataset_version import SplitSettings, prepare_version
+from data_pipelines.epoch_sampling import EpochCursor
+from data_pipelines.image_dataset import open_dataset
+from modeling.schema import TaskSpec
+from training.config import TrainingConfig
+from training.trainer import build_trainer, fit
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory):
+    """120 pictures of 40 patients: dark is malignant. A network sees it in a few steps."""
+    folder = tmp_path_factory.mktemp("lesions")
+    generator = np.random.default_rng(0)
+    lines = ["isic_id,patient_id,target"]
+    with h5py.File(folder / "images.hdf5", "w") as file:
+        for number in range(120):
+            malignant = number % 4 == 0
+            level = generator.normal(70 if malignant else 170, 12)
+            pixels = np.clip(generator.normal(level, 25, (64, 64, 3)), 0, 255).astype(np.uint8)
+            file[f"ISIC_{number:04d}"] = np.bytes_(cv2.imencode(".jpg", pixels)[1].tobytes())
+            lines.append(f"ISIC_{number:04d},IP_{number // 3:03d},{int(malignant)}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    task = TaskSpec(
+        name="dark-spots",
+        fold_group="patient_id",
+        context_group="patient_id",
+        label_column="target",
+        label_values=["0", "1"],
+        classes=["benign", "malignant"],
+        malignant=["malignant"],
+    )
+    result = prepare_version(
+        str(folder / "images.hdf5"),
+        str(folder / "metadata.csv"),
+        str(folder / "out"),
+        task,
+        SplitSettings(num_folds=2, gate_fraction=0.2, seed=0),
+        True,
+        lambda line: None,
+    )
+    return open_dataset(result["dataset"])
+
+
+def config(epochs, epoch_rows, workers=1):
+    return TrainingConfig.model_validate(
+        {
+            "model": {"weights": "package", "input_size": 32, "frozen_blocks": 3},
+            "optimizer": {"epochs": epochs, "batch_size": 16, "learning_rate": 0.002, "ema_decay": 0.8},
+            "sampling": {"epoch_rows": epoch_rows, "negatives_per_positive": 1},
+            "augmentation": {"recipe": "none"},
+            "workers": {"num_workers": workers, "cpus_per_worker": 0.5, "torch_threads": 1},
+        }
+    )
+
+
+def train_worker_pids():
+    from ray.util.state import list_actors
+
+    actors = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "RayTrainWorker")], detail=True)
+    return [actor.pid for actor in actors]
+
+
+def wait_until(condition, what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.05)
+    return value
+
+
+def test_a_worker_killed_in_the_second_epoch_resumes_there_and_the_run_ends(ray_connected, version, tmp_path):
+    outcome = {}
+    trainer = build_trainer(config(3, 1600), version, 0, str(tmp_path), "killed")
+    thread = threading.Thread(target=lambda: outcome.update(model=fit(trainer)))
+    thread.start()
+    cursor = EpochCursor(f"{tmp_path}/killed.epoch")
+    wait_until(lambda: cursor.read() == 1, "second epoch")
+    (pid,) = wait_until(train_worker_pids, "train worker")
+    os.kill(pid, signal.SIGKILL)
+    thread.join(timeout=240)
+    model = outcome["model"]
+    assert model.metrics["epoch"] == 3
+    # Not from the start: the epoch that had ended was not paid for again, the one that was cut short was.
+    assert model.metrics["resumed_after"] == 1
+    rows, log_probabilities = model.predictions(version.task)
+    labels = version.lesions["label"].to_numpy()[version.positions([0])]
+    assert np.array_equal(rows, np.arange(len(labels)))
+    assert model.metrics["auc"] > 0.95
+    assert np.allclose(np.exp(log_probabilities).sum(axis=1), 1, atol=1e-4)
+
+
+def test_two_workers_split_the_epoch_and_score_every_validation_row_once(ray_connected, version, tmp_path):
+    model = fit(build_trainer(config(1, 128, workers=2), version, 0, str(tmp_path), "two"))
+    assert model.metrics["train_rows"] == 64
+    rows, _ = model.predictions(version.task)
+    assert np.array_equal(rows, np.arange(len(version.positions([0]))))
+    assert len(list(model.checkpoint.glob("predictions_*.parquet"))) == 2
+
+
+def test_the_refit_never_sees_the_gate_split(ray_connected, version, tmp_path):
+    trainer = build_trainer(config(1, 64), version, None, str(tmp_path), "refit")
+    assert "validation" not in trainer.datasets
+    source_rows = trainer.datasets["train"]().take_all()
+    training = set(version.training_positions)
+    ids = {int(row["row"]) for row in source_rows}
+    assert ids <= set(range(len(training)))
+    assert not training & set(version.gate_positions)
