@@ -85,6 +85,12 @@ class EngineSet(_Record):
             return by_name[next(iter(self.chosen.values()))]
         return {"buckets": {str(bucket): by_name[name] for bucket, name in self.chosen.items()}}
 
+    @property
+    def summary(self) -> str:
+        """The choice in words: one name, or the name per batch size."""
+        names = set(self.chosen.values())
+        return names.pop() if len(names) == 1 else ", ".join(f"{n} up to {b}" for b, n in sorted(self.chosen.items()))
+
     def save(self, root: str | Path) -> Path:
         """Writes the set under `root`, replacing this device's earlier one; returns the file."""
         path = engine_set_path(root, self.bundle_digest, self.device)

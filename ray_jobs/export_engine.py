@@ -46,7 +46,8 @@ def run(config: ExportEngineConfig) -> dict[str, Any]:
         "digest": bundle.digest,
         "device": engine_set.device,
         # Raises when every candidate was refused, after the set was kept: the promotion gate reads it.
-        "choice": engine_set.choice,
+        "engine_choice": engine_set.choice,
+        "choice": engine_set.summary,
         "chosen": engine_set.chosen,
         "candidates": [
             {

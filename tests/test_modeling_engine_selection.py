@@ -122,6 +122,15 @@ def test_the_choice_is_made_per_bucket_and_never_falls_on_a_refused_engine():
     assert choose(reports, (1, 8), "throughput") == {1: "a", 8: "b"}
 
 
+def test_a_choice_per_bucket_can_be_built_and_read(bundle):
+    reports = [_report("a", {1: 1.0, 8: 3.0}), _report("b", {1: 2.0, 8: 2.0})]
+    engine_set = _engine_set(bundle.digest, "cpu", {1: "a", 8: "b"}).model_copy(update={"candidates": reports})
+    assert engine_set.summary == "a up to 1, b up to 8"
+    assert engine_set.choice == {"buckets": {"1": CPU, "8": CPU}}
+    create_engine(bundle, engine_set.choice).warm_up(8)
+    assert _engine_set(bundle.digest, "cpu", {1: "a", 8: "a"}).summary == "a"
+
+
 def test_rounds_alternate_and_the_median_ignores_an_outlier(monkeypatch):
     clock = [0.0]
     order = []
