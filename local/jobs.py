@@ -84,8 +84,10 @@ def submit(entrypoint: list[str], submission_id: str, environment: dict[str, str
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode != 0:
-        last = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise JobFailedError(f"ray job submit failed: {last[0]}")
+        # A traceback within a traceback; its own words are the last line that names an error.
+        lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+        named = [line for line in lines if re.search(r"Error\b", line)] or lines or ["no output"]
+        raise JobFailedError(f"ray job submit failed: {named[-1]}")
 
 
 def follow(
