@@ -148,7 +148,10 @@ class PredictionLog:
 
         Raises:
             StoreUnavailableError: the store is still away; the rest stays spooled.
+            ValueError: what is there is no store of this release; everything stays spooled.
         """
+        # Opened before the replay, which takes a ValueError for a fault of the batch.
+        assert self.store is not None
         return self.spool.replay(lambda rows, images: self._write_rows(rows, images))
 
     def find_by_idempotency_key(self, caller: str, key: str) -> PredictionRecord | None:
@@ -157,29 +160,8 @@ class PredictionLog:
         return None if row is None else PredictionRecord.from_row(row)
 
     def read_window(self, start_us: int, end_us: int, role: str = "champion") -> pd.DataFrame:
-        """Records with start_us <= received_at < end_us, by (received_at, id), as one flat table.
-
-        Columns: the record's scalar fields, `group` (the patient's HMAC, else the row's own id), one `meta.<column>`
-        per metadata column seen, `embedding_00`..`embedding_63` (float32, NaN without an embedding).
-        """
-        import pandas as pd
-
-        rows = list(self.store.predictions_between(start_us, end_us, role))
-        scalars = [
-            name
-            for name in PredictionRecord.model_fields
-            if name not in ("metadata", "class_probabilities", "reasons", "embedding", "stage_ms")
-        ]
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in scalars}
-        columns["group"] = [row["patient_hmac"] or row["id"] for row in rows]
-        for name in sorted({name for row in rows for name in row["metadata"]}):
-            columns[f"meta.{name}"] = [row["metadata"].get(name) for row in rows]
-        embeddings = np.full((len(rows), EMBEDDING_DIM), np.nan, dtype=np.float32)
-        for index, row in enumerate(rows):
-            if row["embedding"] is not None:
-                embeddings[index] = decode_embedding(row["embedding"])
-        columns.update(zip(EMBEDDING_NAMES, embeddings.T, strict=True))
-        return pd.DataFrame(columns)
+        """See `read_window`."""
+        return read_window(self.store, start_us, end_us, role)
 
     def _write_rows(self, rows: list[dict[str, Any]], images: Mapping[str, bytes]) -> int:
         try:
@@ -195,3 +177,29 @@ class PredictionLog:
             for name, data in images.items()
         ]
         return self.store.insert_predictions(rows, image_rows)
+
+
+def read_window(store: Store, start_us: int, end_us: int, role: str = "champion") -> pd.DataFrame:
+    """Records with start_us <= received_at < end_us, by (received_at, id), as one flat table.
+
+    Columns: the record's scalar fields, `group` (the patient's HMAC, else the row's own id), one `meta.<column>`
+    per metadata column seen, `embedding_00`..`embedding_63` (float32, NaN without an embedding).
+    """
+    import pandas as pd
+
+    rows = list(store.predictions_between(start_us, end_us, role))
+    scalars = [
+        name
+        for name in PredictionRecord.model_fields
+        if name not in ("metadata", "class_probabilities", "reasons", "embedding", "stage_ms")
+    ]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in scalars}
+    columns["group"] = [row["patient_hmac"] or row["id"] for row in rows]
+    for name in sorted({name for row in rows for name in row["metadata"]}):
+        columns[f"meta.{name}"] = [row["metadata"].get(name) for row in rows]
+    embeddings = np.full((len(rows), EMBEDDING_DIM), np.nan, dtype=np.float32)
+    for index, row in enumerate(rows):
+        if row["embedding"] is not None:
+            embeddings[index] = decode_embedding(row["embedding"])
+    columns.update(zip(EMBEDDING_NAMES, embeddings.T, strict=True))
+    return pd.DataFrame(columns)

@@ -19,13 +19,16 @@ BUSY_TIMEOUT_MS = 15_000
 ADVISORY_LOCK = 0x6465726D
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, create: bool = True) -> Engine:
     """An engine on a store whose schema is the one of this code, created where the database is empty.
+
+    Args:
+        create: False: an SQLite file that is not there is an error.
 
     Raises:
         ValueError: not a store URL, a folder that cannot be made, a file that is no SQLite database, a database of
             something else, or a store of another schema version.
-        sqlalchemy.exc.OperationalError: the database does not answer.
+        sqlalchemy.exc.DBAPIError: the database does not answer.
     """
     try:
         parsed = make_url(url)
@@ -40,13 +43,15 @@ def connect(url: str) -> Engine:
         return engine
     if backend != "sqlite":
         raise ValueError(f"store_url {url!r} names {backend}; expected sqlite or postgresql")
-    return _connect_sqlite(parsed, url)
+    return _connect_sqlite(parsed, url, create)
 
 
-def _connect_sqlite(parsed: URL, url: str) -> Engine:
+def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
     if not parsed.database or parsed.database == ":memory:" or not os.path.isabs(parsed.database):
         raise ValueError(f"store_url {url!r} names no absolute file; expected sqlite:////absolute/path.db")
     path = Path(parsed.database)
+    if not create and not path.exists():
+        raise ValueError(f"store {path} does not exist; the service makes it, or check store_url")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,7 +5,7 @@ Several processes share one SQLite file (WAL, one writer at a time); PostgreSQL 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from store import audit_chain
 from store.connection import ADVISORY_LOCK, connect
-from store.tables import alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
+from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
 
 _PAGE_ROWS = 2_000
 
@@ -25,17 +25,20 @@ class StoreUnavailableError(RuntimeError):
     """The database or the image store did not take a write or answer a read; the same call may succeed later."""
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, create: bool = True) -> Store:
     """Opens the store at a SQLAlchemy URL, making folder, file and schema where there are none.
 
+    Args:
+        create: False for readers, to whom a mistyped path must not be an empty store.
+
     Raises:
-        ValueError: not a store, or a store of another schema version.
+        ValueError: not a store, a store of another schema version, or none there with `create=False`.
         StoreUnavailableError: the database does not answer.
     """
     try:
-        return Store(connect(url))
-    except (exc.OperationalError, exc.InterfaceError) as error:
-        raise StoreUnavailableError(f"store cannot be opened: {error.orig}") from error
+        return Store(connect(url, create))
+    except exc.DBAPIError as error:
+        raise StoreUnavailableError(f"store {url.rpartition('@')[2]} cannot be opened: {error.orig}") from error
 
 
 def _row(mapping: sql.RowMapping) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class Store:
         try:
             with self.engine.connect() as connection:
                 yield connection
-        except (exc.OperationalError, exc.InterfaceError) as error:
+        except exc.DBAPIError as error:
             raise StoreUnavailableError(f"store {self.url} cannot be read: {error.orig}") from error
 
     @contextmanager
@@ -79,13 +82,18 @@ class Store:
         """One write transaction: committed and on disk when the block ends, rolled back when it raises.
 
         Raises:
+            ValueError: a row breaks the schema; it will never be taken.
             StoreUnavailableError: locked beyond the busy timeout, disk full, or the database is gone.
         """
         try:
             with self._writer.begin() as connection:
                 yield connection
-        except (exc.OperationalError, exc.InterfaceError) as error:
+        except (exc.IntegrityError, exc.DataError) as error:
+            raise ValueError(f"the store refuses a row: {error.orig}") from error
+        except exc.DBAPIError as error:
             raise StoreUnavailableError(f"store {self.url} took no write: {error.orig}") from error
+        except exc.StatementError as error:
+            raise ValueError(f"the store refuses a row: {error.orig}") from error
 
     # Predictions
 
@@ -99,7 +107,9 @@ class Store:
                 connection.execute(self._insert(images).on_conflict_do_nothing(), list(image_rows))
             if not rows:
                 return 0
-            return connection.execute(self._insert(predictions).on_conflict_do_nothing(), list(rows)).rowcount
+            # One statement for all rows needs all columns in each of them.
+            complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in rows]
+            return connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
 
     def find_prediction(self, prediction_id: str) -> dict[str, Any] | None:
         """The prediction row with this id, or None."""
@@ -155,16 +165,22 @@ class Store:
 
         `created_at` is set on the first write and kept; an equal row is not written again.
         """
-        key = ("window_start", "window_end", "model_version", "reference", "label_watermark")
-        same_key = sql.and_(*(drift_reports.c[name] == row[name] for name in key))
+        key = [column.name for column in DRIFT_KEY]
+        same_key = sql.and_(*(column == row[column.name] for column in DRIFT_KEY))
         with self.writing() as connection:
             stored = connection.execute(sql.select(drift_reports).where(same_key)).mappings().first()
             if stored is not None and all(stored[name] == value for name, value in row.items()):
                 return False
             statement = self._insert(drift_reports).values(created_at=now_us(), **row)
             update = {name: statement.excluded[name] for name in row if name not in key}
-            connection.execute(statement.on_conflict_do_update(index_elements=list(key), set_=update))
+            connection.execute(statement.on_conflict_do_update(index_elements=key, set_=update))
             return True
+
+    def find_drift_report(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The drift row with this window_start, window_end, model_version, reference and label_watermark, or None."""
+        same_key = sql.and_(*(column == key[column.name] for column in DRIFT_KEY))
+        with self.reading() as connection:
+            return next(map(_row, connection.execute(sql.select(drift_reports).where(same_key)).mappings()), None)
 
     def drift_reports(self, start_us: int | None = None, end_us: int | None = None) -> list[dict[str, Any]]:
         """Drift rows by window, model and label watermark; optionally only windows inside [start_us, end_us]."""

@@ -53,8 +53,9 @@ class Spool:
         """Hands every batch, oldest first, to `write(rows, images)` and removes it after; returns the rows written.
 
         `write` must be idempotent: after a crash, or when two processes replay at once, it sees a batch again. What it
-        raises ends the replay and leaves the batch, except ValueError: a batch that is wrong itself, or has unreadable
-        lines, is kept as `*.damaged`, so that it holds up no other.
+        raises ends the replay and leaves the batch, except ValueError, for a row that is wrong itself: a batch with
+        such rows or with unreadable lines is kept as `*.damaged` after its other rows are written, and holds up no
+        other.
         """
         written = 0
         for path in self._files():
@@ -63,15 +64,11 @@ class Spool:
             except FileNotFoundError:
                 continue  # another process replayed it
             rows, images, unreadable = _decode(text)
-            try:
-                write(rows, images)
-                written += len(rows)
-            except ValueError as error:
-                logger.error("spooled batch %s was refused: %s", path.name, error)
-                unreadable = max(1, unreadable)
-            if unreadable:
+            refused = _write_all(write, rows, images)
+            written += len(rows) - refused
+            if unreadable or refused:
                 logger.error(
-                    "spooled batch %s: %d unreadable or refused lines, kept as .damaged", path.name, unreadable
+                    "%s: %d lines unreadable, %d rows refused; kept as .damaged", path.name, unreadable, refused
                 )
                 path.replace(path.with_suffix(".damaged"))
             else:
@@ -80,6 +77,18 @@ class Spool:
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("*.spool"))
+
+
+def _write_all(write: Write, rows: list[dict[str, Any]], images: dict[str, bytes]) -> int:
+    """Writes a batch, one row at a time where it is refused as a whole; returns how many rows were refused."""
+    try:
+        write(rows, images)
+        return 0
+    except ValueError as error:
+        if len(rows) <= 1:
+            logger.error("a spooled row was refused: %s", error)
+            return 1
+    return sum(_write_all(write, [row], images) for row in rows)
 
 
 def _text(data: bytes) -> str:

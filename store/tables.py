@@ -141,6 +141,9 @@ drift_reports = Table(
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("window_start", "window_end", "model_version", "reference", "label_watermark"),
 )
+DRIFT_KEY = tuple(
+    drift_reports.c[name] for name in ("window_start", "window_end", "model_version", "reference", "label_watermark")
+)
 
 submissions = Table(
     "submissions",

@@ -1,0 +1,246 @@
+"""The store keeps what it was given, once, whoever else writes, and refuses what is not a store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import threading
+
+import pytest
+import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql
+
+from store import connection, database
+from store.database import StoreUnavailableError, open_store
+from store.tables import schema, schema_version
+
+
+def prediction(row_id: str, **values) -> dict:
+    base = {
+        "id": row_id,
+        "idempotency_key": None,
+        "received_at": 1_000,
+        "caller": "clinic",
+        "role": "champion",
+        "model_version": "1",
+        "context": "none",
+        "metadata": {"age_approx": 50.0},
+        "abstained": False,
+        "reasons": [],
+        "stage_ms": {},
+    }
+    return base | values
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def store(url):
+    opened = open_store(url)
+    yield opened
+    opened.close()
+
+
+def ids(store, **window):
+    return [row["id"] for row in store.predictions_between(0, 2**62, **window)]
+
+
+def _write_many(url: str, name: str, start) -> None:
+    start.wait()
+    store = open_store(url)
+    for index in range(10):
+        store.insert_predictions([prediction(f"{name}-{index}")])
+        store.append_audit(name, "write", f"prediction/{index}", {})
+    store.close()
+
+
+def test_processes_that_open_and_fill_one_new_store_at_once_lose_nothing(url):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    processes = [context.Process(target=_write_many, args=(url, f"writer{i}", start)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    store = open_store(url)
+    assert len(ids(store)) == 30
+    assert database.audit_chain.verify(store.audit_entries()) == 30
+
+
+def test_commits_are_synced_and_readers_do_not_block_writers(store):
+    with store.reading() as connection:
+        assert connection.execute(sql.text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(sql.text("PRAGMA synchronous")).scalar() == 2  # FULL
+        connection.execute(sql.text("SELECT count(*) FROM predictions"))
+        assert store.insert_predictions([prediction("a")]) == 1
+
+
+def test_a_prediction_is_stored_once_and_the_first_row_wins(store):
+    assert store.insert_predictions([prediction("a", risk=0.1), prediction("b")]) == 2
+    assert store.insert_predictions([prediction("a", risk=0.9), prediction("c")]) == 1
+    assert ids(store) == ["a", "b", "c"]
+    assert store.find_prediction("a")["risk"] == 0.1
+    assert store.find_prediction("z") is None
+
+
+def test_one_idempotency_key_holds_one_prediction_per_caller(store):
+    assert store.insert_predictions([prediction("a", idempotency_key="k"), prediction("b", idempotency_key="k")]) == 1
+    assert store.insert_predictions([prediction("c", idempotency_key="k")]) == 0
+    assert store.insert_predictions([prediction("d", idempotency_key="k", caller="other")]) == 1
+    assert store.find_by_idempotency_key("clinic", "k")["id"] == "a"
+    assert store.find_by_idempotency_key("other", "k")["id"] == "d"
+    assert store.find_by_idempotency_key("third", "k") is None
+
+
+def test_a_refused_row_takes_its_whole_transaction_back(store):
+    image = {"hash": "h", "suffix": ".jpg", "num_bytes": 3, "stored_at": 1}
+    with pytest.raises(ValueError, match="refuses a row"):
+        store.insert_predictions([prediction("a"), prediction("b", model_version=None)], [image])
+    with pytest.raises(ValueError, match="refuses a row"):
+        store.insert_predictions([prediction("a", metadata={"x": object()})])
+    assert ids(store) == [] and store.image_suffix("h") is None
+    store.insert_predictions([prediction("a")], [image])
+    assert store.image_suffix("h") == ".jpg"
+
+
+def test_a_window_is_read_in_order_across_pages(store, monkeypatch):
+    monkeypatch.setattr(database, "_PAGE_ROWS", 3)
+    rows = [prediction(f"r{index}", received_at=1_000 + index // 4) for index in range(11)]
+    store.insert_predictions(rows[::-1] + [prediction("early", received_at=999), prediction("late", received_at=1_003)])
+    store.insert_predictions([prediction("shadow", role="shadow")])
+    found = [row["id"] for row in store.predictions_between(1_000, 1_003)]
+    assert found == sorted(row["id"] for row in rows if row["received_at"] < 1_001) + sorted(
+        row["id"] for row in rows if row["received_at"] == 1_001
+    ) + sorted(row["id"] for row in rows if row["received_at"] == 1_002)
+    assert ids(store, role="shadow") == ["shadow"]
+
+
+def test_a_locked_store_says_so_and_takes_the_same_rows_later(url, monkeypatch):
+    monkeypatch.setattr(connection, "BUSY_TIMEOUT_MS", 50)
+    store = open_store(url)
+    other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailableError, match="locked"):
+        store.insert_predictions([prediction("a")])
+    other.execute("COMMIT")
+    assert store.insert_predictions([prediction("a")]) == 1
+
+
+def drift_row(**values) -> dict:
+    base = {
+        "window_start": 0,
+        "window_end": 10,
+        "model_version": "1",
+        "reference": "abc",
+        "label_watermark": 0,
+        "status": "ok",
+        "num_rows": 60,
+        "num_groups": 12,
+        "alarm": False,
+        "drifted": [],
+        "statistics": {"red": 0.1 + 0.2},
+        "input_digest": "d",
+        "report": None,
+    }
+    return base | values
+
+
+def test_a_window_has_one_drift_row_per_label_watermark(store, tmp_path):
+    assert store.upsert_drift_report(drift_row()) is True
+    before = store.drift_reports()
+    bytes_before = [(tmp_path / name).read_bytes() for name in ("store.db", "store.db-wal")]
+    assert store.upsert_drift_report(drift_row()) is False
+    assert [(tmp_path / name).read_bytes() for name in ("store.db", "store.db-wal")] == bytes_before
+    assert store.upsert_drift_report(drift_row(status="drift", alarm=True, drifted=["red"])) is True
+    (row,) = store.drift_reports()
+    assert (row["status"], row["drifted"], row["id"]) == ("drift", ["red"], before[0]["id"])
+    assert row["created_at"] == before[0]["created_at"]
+    store.upsert_drift_report(drift_row(label_watermark=7))
+    assert [row["label_watermark"] for row in store.drift_reports(0, 10)] == [0, 7]
+    assert store.find_drift_report(drift_row(label_watermark=7))["status"] == "ok"
+    assert store.find_drift_report(drift_row(label_watermark=8)) is None
+    assert store.drift_reports(1) == []
+
+
+def test_label_watermark_counts_labels_of_the_window_only(store):
+    store.insert_predictions([prediction("a", received_at=5), prediction("b", received_at=15)])
+    label = {"label": "nv", "malignant": False, "labeller": "x", "labelled_at": 1}
+    with store.writing() as writer:
+        writer.execute(database.labels.insert(), [{**label, "prediction_id": "a"}, {**label, "prediction_id": "b"}])
+    assert (store.label_watermark(0, 10), store.label_watermark(10, 20), store.label_watermark(20, 30)) == (1, 2, 0)
+
+
+def test_an_alarm_is_raised_once_even_by_two_at_a_time(store):
+    alarm = {"dedupe_key": "k", "kind": "drift", "severity": "warning", "message": "m", "detail": {}}
+    outcomes = []
+    threads = [threading.Thread(target=lambda: outcomes.append(store.raise_alarm(alarm))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [False, False, False, True]
+    assert len(store.alarms(unacknowledged_only=True)) == 1
+    assert store.raise_alarm({**alarm, "dedupe_key": "k2"}) is True
+    assert [row["dedupe_key"] for row in store.alarms()] == ["k2", "k"]
+
+
+def test_an_approval_leaves_an_audit_entry(store):
+    first = store.record_approval("3", "Dr Weber", "better on the gate split", gate={"auc": 0.93})
+    second = store.record_approval("2", "Dr Weber", "slow", decision="rollback")
+    assert [(row["id"], row["decision"]) for row in store.approvals()] == [(second, "rollback"), (first, "promote")]
+    assert [(e["actor"], e["subject"]) for e in store.audit_entries()] == [
+        ("Dr Weber", "model/3"),
+        ("Dr Weber", "model/2"),
+    ]
+
+
+def test_another_schema_version_is_refused_in_one_line(store, url):
+    with store.writing() as writer:
+        writer.execute(sql.update(schema_version).values(version=99))
+    with pytest.raises(ValueError, match="schema version 99; this release reads version 1") as caught:
+        open_store(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_store_is_refused_and_left_alone(tmp_path):
+    foreign = tmp_path / "mlflow.db"
+    with sqlite3.connect(foreign) as other:
+        other.execute("CREATE TABLE experiments (id INTEGER)")
+    with pytest.raises(ValueError, match="holds other tables"):
+        open_store(f"sqlite:///{foreign}")
+    with sqlite3.connect(foreign) as other:
+        assert [row[0] for row in other.execute("SELECT name FROM sqlite_master")] == ["experiments"]
+    (tmp_path / "text.db").write_text("not a database, but long enough to hold a header of one hundred bytes" * 3)
+    with pytest.raises(ValueError, match="not an SQLite database"):
+        open_store(f"sqlite:///{tmp_path}/text.db")
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("nonsense", "expected sqlite:///PATH"),
+        ("mysql://host/db", "expected sqlite or postgresql"),
+        ("sqlite:///relative.db", "no absolute file"),
+        ("sqlite:///:memory:", "no absolute file"),
+        ("sqlite:////dev/null/store.db", "cannot be made"),
+    ],
+)
+def test_unusable_urls_are_refused(url, message):
+    with pytest.raises(ValueError, match=message):
+        open_store(url)
+
+
+def test_a_reader_does_not_create_a_store_at_a_mistyped_path(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        open_store(f"sqlite:///{tmp_path}/typo/store.db", create=False)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_the_schema_is_valid_for_postgresql():
+    ddl = [str(sql.schema.CreateTable(table).compile(dialect=postgresql.dialect())) for table in schema.sorted_tables]
+    assert any("received_at BIGINT NOT NULL" in text for text in ddl)
+    assert any("id BIGSERIAL NOT NULL" in text for text in ddl)
