@@ -18,7 +18,7 @@ from modeling.schema import CONTEXTS, Context, TaskSpec
 
 # exp(-15) = 3e-7: log-probabilities below that differ by float noise, not by evidence.
 LOG_PROBABILITY_FLOOR = -15.0
-# Keeps absurd but finite inputs finite in float32.
+# Keeps absurd but finite inputs, and their squares and ratios, finite.
 _LARGEST = 1e30
 
 _Formula = Callable[..., np.ndarray]
@@ -66,12 +66,12 @@ def _category(value: Any) -> str | None:
 
 
 def _numbers(values: Sequence) -> np.ndarray:
-    """float64 (N,); missing and infinite as NaN."""
+    """float64 (N,), limited to ±1e30; missing and infinite as NaN."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         numbers = np.array([np.nan if is_missing(value) else float(value) for value in values], dtype=np.float64)
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    return np.where(np.isfinite(numbers), np.clip(numbers, -_LARGEST, _LARGEST), np.nan)
 
 
 class FeatureSpec(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from modeling.patient_relative import group_codes
 from modeling.schema import TaskSpec
 
 _PROBABILITY_FLOOR = 1e-7
@@ -174,7 +175,7 @@ def clustered_bootstrap(
     Args:
         statistic: called with the row indices (M,) of one resample, in row order with repeats; returns a number or a
             vector of several statistics; NaN = undefined in this resample.
-        groups: group id of every row (N,); rows of a group are drawn together.
+        groups: group id of every row (N,); rows of a group are drawn together, rows without an id on their own.
         num_samples: resamples; 0 gives an undefined interval.
         seed: of the resampling.
 
@@ -182,7 +183,7 @@ def clustered_bootstrap(
         (low, high), floats, or vectors where the statistic returns vectors. NaN where more than half of the resamples
         were undefined (a handful of positives), since the rest would understate the spread.
     """
-    codes = np.unique(np.asarray(groups), return_inverse=True)[1]
+    codes = group_codes(groups)
     num_groups = int(codes.max()) + 1 if len(codes) else 0
     if num_samples == 0 or num_groups == 0:
         undefined = np.full(np.shape(statistic(np.arange(len(codes)))), np.nan)
@@ -235,8 +236,10 @@ def evaluate(
         seed: of the resampling.
 
     Returns:
-        n, n_malignant; auc, pauc (above 80 % sensitivity), balanced_accuracy as {value, low, high}; accuracy, macro_f1,
-        sensitivity, specificity, ece, calibration_slope, calibration_intercept; recalls {class: recall}.
+        n, n_malignant; auc, pauc (above 80 % sensitivity), balanced_accuracy and balanced_accuracy_equal_priors as
+        {value, low, high}; accuracy, macro_f1, sensitivity, specificity, ece, calibration_slope,
+        calibration_intercept; recalls {class: recall}. Under equal priors the predicted class is the one that stands
+        out most against its mean probability: what a model gets that was never calibrated to class frequencies.
     """
     labels, probabilities = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
     if probabilities.shape != (len(labels), task.num_classes):
@@ -255,11 +258,14 @@ def evaluate(
     # Ranks are computed once: each resample then needs counts, no sort (5 ms instead of 60 at 400k rows).
     values, ranks = np.unique(risks, return_inverse=True)
 
+    # The mean probability stands in for the class frequency, so no label is looked at.
+    frequencies = np.maximum(probabilities.mean(axis=0), _PROBABILITY_FLOOR) if len(labels) else 1.0
+    relative = (probabilities / frequencies).argmax(axis=1)
+
     def statistics(rows: np.ndarray) -> np.ndarray:
         counts = _counts(malignant[rows], ranks[rows], len(values))
-        return np.array(
-            [_area_above(*counts, 0.0), _area_above(*counts, 0.8), balanced_accuracy(labels[rows], predicted[rows])]
-        )
+        accuracies = [balanced_accuracy(labels[rows], classes[rows]) for classes in (predicted, relative)]
+        return np.array([_area_above(*counts, 0.0), _area_above(*counts, 0.8), *accuracies])
 
     point = statistics(np.arange(len(labels)))
     clusters = np.arange(len(labels)) if groups is None else groups
@@ -269,7 +275,7 @@ def evaluate(
         sensitivity, specificity = sensitivity_specificity(malignant, risks, threshold)
     slope, intercept = calibration_slope_intercept(malignant, risks)
     report: dict[str, Any] = {"n": len(labels), "n_malignant": int(malignant.sum())}
-    for index, name in enumerate(("auc", "pauc", "balanced_accuracy")):
+    for index, name in enumerate(("auc", "pauc", "balanced_accuracy", "balanced_accuracy_equal_priors")):
         report[name] = {"value": _number(point[index]), "low": _number(low[index]), "high": _number(high[index])}
     return report | {
         "accuracy": _number(np.mean(labels == predicted)) if len(labels) else None,
