@@ -238,7 +238,10 @@ def connect_ray(num_cpus: int | None = None) -> None:
     home = str(dermray_home())
     os.environ["DERMRAY_HOME"] = home
     environment = {"env_vars": {"DERMRAY_HOME": home}}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get(_SUBMITTED):
+    if os.environ.get(_SUBMITTED):
+        # The job's own environment holds DERMRAY_HOME; Ray refuses a variable that is given twice.
+        ray.init(log_to_driver=True, logging_level="warning")
+    elif os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=environment, log_to_driver=True, logging_level="warning")
     else:
         # Without its dashboard, Ray Train's cleaner of placement groups finds no state API and complains every second.
