@@ -1,0 +1,111 @@
+"""A window's verdict: which features are compared, with which rows, and when there is none."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from modeling.schema import TaskSpec
+from monitoring.drift_report import DriftSettings, WindowDrift, drift_features, judge_window, write_json
+from tests.drift_population import lesions, reference
+
+TASK = TaskSpec(
+    name="tiny",
+    fold_group="patient_id",
+    label_column="target",
+    classes=["benign", "malignant"],
+    malignant=["malignant"],
+    columns={"age_approx": {"kind": "numeric"}, "sex": {"kind": "categorical"}},
+)
+SETTINGS = DriftSettings(num_resamples=400, num_splits=15)
+
+
+def day(seed: int = 1, num_patients: int = 50, shifted: bool = False) -> pd.DataFrame:
+    """A window as the log's reader gives it."""
+    table = lesions(num_patients, seed, (2, 5), shifted)
+    return table.rename(columns={"age_approx": "meta.age_approx", "sex": "meta.sex"}).assign(context="none")
+
+
+@pytest.fixture(scope="module")
+def known() -> pd.DataFrame:
+    return reference()
+
+
+def compared(current, known):
+    return {feature.name: feature for feature in drift_features(known, current, TASK)}
+
+
+def test_ordinary_days_are_quiet(known):
+    for seed in (1, 2, 3):
+        verdict, features = judge_window(known, day(seed), TASK, SETTINGS)
+        assert (verdict.status, verdict.drifted, verdict.alarm) == ("ok", [], False)
+        assert verdict.num_groups == 50 and len(features) == len(verdict.features) == 10
+
+
+def test_another_camera_and_older_patients_are_named(known):
+    verdict, _ = judge_window(known, day(shifted=True), TASK, SETTINGS)
+    assert verdict.alarm and {"red", "blur", "age_approx"} <= set(verdict.drifted)
+    assert "green" not in verdict.drifted and "sex" not in verdict.drifted
+
+
+def test_an_embedding_shift_alone_is_found(known):
+    moved = day()
+    names = [name for name in moved.columns if name.startswith("embedding_")]
+    moved[names] += 0.5
+    verdict, _ = judge_window(known, moved, TASK, SETTINGS)
+    assert verdict.drifted == ["embedding"] and verdict.embedding.auc > verdict.embedding.threshold
+
+
+def test_too_small_windows_are_insufficient_and_raise_nothing(known):
+    small = day(shifted=True, num_patients=8)
+    for current in (small, small[:0], day(shifted=True)[:30]):
+        verdict, features = judge_window(known, current, TASK, SETTINGS)
+        assert (verdict.status, verdict.alarm, verdict.features, features) == ("insufficient", False, [], [])
+        assert verdict.num_rows == len(current)
+
+
+def test_rows_without_metadata_do_not_count_as_missing(known):
+    current = day()
+    image_only = np.arange(len(current)) % 2 == 0
+    current.loc[image_only, "context"] = "image_only"
+    current.loc[image_only, ["meta.age_approx", "meta.sex"]] = None
+    features = compared(current, known)
+    assert "age_approx missing" not in features
+    assert np.isfinite(features["age_approx"].current).sum() == (~image_only).sum()
+    assert set(features["sex"].current[~image_only]) == {"female", "male"}
+    assert all(value is None for value in features["sex"].current[image_only])
+    assert np.isnan(features["risk_none"].current[image_only]).all()
+    np.testing.assert_array_equal(features["risk_image_only"].current[image_only], current["risk"][image_only])
+    current["context"] = "image_only"
+    assert {"risk_none", "age_approx", "sex"}.isdisjoint(compared(current, known))
+
+
+def test_a_column_that_is_no_longer_sent_is_drift(known):
+    current = day()
+    current.loc[current.index % 2 == 0, "meta.age_approx"] = None
+    verdict, _ = judge_window(known, current, TASK, SETTINGS)
+    assert "age_approx missing" in verdict.drifted
+    verdict, _ = judge_window(known, current.drop(columns=["meta.age_approx", "meta.sex"]), TASK, SETTINGS)
+    assert {"age_approx missing", "sex"} <= set(verdict.drifted)
+    assert "age_approx" in verdict.not_judged
+
+
+def test_values_of_the_wrong_type_are_missing_not_fatal(known):
+    current = day()
+    current["meta.age_approx"] = current["meta.age_approx"].astype(object)
+    current.loc[:3, "meta.age_approx"] = ["old", float("inf"), None, True]
+    assert np.isfinite(compared(current, known)["age_approx"].current[:4]).tolist() == [False, False, False, True]
+
+
+def test_a_verdict_survives_json(known, tmp_path):
+    verdict, _ = judge_window(known, day(shifted=True), TASK, SETTINGS)
+    assert WindowDrift.from_json(json.loads(json.dumps(verdict.to_json(), allow_nan=False))) == verdict
+    empty = WindowDrift("insufficient", 0, 0)
+    assert WindowDrift.from_json(empty.to_json()) == empty
+    write_json(tmp_path / "a" / "drift.json", verdict.to_json())
+    first = (tmp_path / "a" / "drift.json").read_bytes()
+    write_json(tmp_path / "a" / "drift.json", verdict.to_json())
+    assert (tmp_path / "a" / "drift.json").read_bytes() == first
