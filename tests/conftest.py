@@ -37,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # By default SIGTERM ends pytest without running finalizers, and the cluster would stay.
     signal.signal(signal.SIGTERM, _end_like_an_interrupt)
     _forbidden_skips.clear()
-    # Ray reads this when it is imported, which test modules may do before any fixture runs.
-    os.environ.update(LOOPBACK_ONLY)
+    # Ray reads these when it is imported, which test modules may do before any fixture runs.
+    os.environ.update(LOOPBACK_ONLY | {"RAY_AUTH_MODE": "token"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,10 +102,13 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClust
 def ray_connected(ray_cluster: LocalCluster) -> Iterator[LocalCluster]:
     """This process as a driver of `ray_cluster`, whose workers import the packages of this checkout."""
     import ray
+    from ray._raylet import AuthenticationTokenLoader
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ray_cluster.client_environment().items():
             patch.setenv(name, value)
+        # Importing ray.serve, which test modules do, looks for a token and remembers that there was none.
+        AuthenticationTokenLoader.instance().reset_cache()
         search_path = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(
             address=ray_cluster.address,
