@@ -1,8 +1,8 @@
 """Synthetic patients and lesions in the exact ISIC 2024 format: HDF5 pictures and 55-column metadata.
 
 Malignancy follows latents of which the picture shows some, the metadata others and both the rest, plus an offset per
-patient that only comparison with the patient's other lesions removes. The official data's traps are kept: every positive
-has a lesion_id, a missing body site means benign, prevalence depends on the site.
+patient that only comparison with the patient's other lesions removes. The official data's traps are kept: all
+positives have a lesion_id, a missing body site means benign, prevalence depends on the site.
 """
 
 from __future__ import annotations

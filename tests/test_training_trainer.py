@@ -17,7 +17,7 @@ from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def train_worker_pids():
     return [actor.pid for actor in actors]
 
 
-def wait_until(condition, what, seconds=120):
+def wait_until(condition, what, seconds=240):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"
