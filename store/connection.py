@@ -59,7 +59,8 @@ def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
     engine = sql.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
-    # The switch to WAL does not wait for the busy timeout, so first openers go one by one.
+    # The switch to WAL does not always wait for the busy timeout (1 of 360 first openers met "database is locked"), so
+    # openers go one by one.
     with _disposed_on_error(engine), _file_lock(path.with_name(path.name + ".lock")):
         try:
             with engine.execution_options(dermray_write=True).begin() as connection:

@@ -79,6 +79,9 @@ def test_rows_without_metadata_do_not_count_as_missing(known):
     assert all(value is None for value in features["sex"].current[image_only])
     assert np.isnan(features["risk_none"].current[image_only]).all()
     np.testing.assert_array_equal(features["risk_image_only"].current[image_only], current["risk"][image_only])
+    current.loc[1, "meta.age_approx"] = None
+    presence = compared(current, known)["age_approx missing"].current
+    assert [value for value in presence if value is not None].count("missing") == 1
     current["context"] = "image_only"
     assert {"risk_none", "age_approx", "sex"}.isdisjoint(compared(current, known))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import sqlite3
 import threading
@@ -69,6 +70,22 @@ def test_processes_that_open_and_fill_one_new_store_at_once_lose_nothing(url):
     store = open_store(url)
     assert len(ids(store)) == 30
     assert database.audit_chain.verify(store.audit_entries()) == 30
+
+
+def test_openers_of_a_new_store_go_one_by_one(url, tmp_path):
+    opened = threading.Event()
+
+    def open_it() -> None:
+        open_store(url).close()
+        opened.set()
+
+    with open(tmp_path / "store.db.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        opener = threading.Thread(target=open_it)
+        opener.start()
+        assert not opened.wait(0.3) and not (tmp_path / "store.db").exists()
+    opener.join(30)
+    assert opened.is_set()
 
 
 def test_commits_are_synced_and_readers_do_not_block_writers(store):
