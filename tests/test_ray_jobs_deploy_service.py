@@ -1,0 +1,150 @@
+"""What deploy_service decides before it touches a cluster: model, engine, code release, secret, address."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits, device_key
+from ray_jobs.deploy_service import (
+    DeployServiceConfig,
+    ensure_patient_key,
+    resolve_model,
+    run,
+    serve_settings,
+    start_serve,
+)
+from serve.release import PACKAGES, write_release
+from tests.bundle_factory import served_bundle
+from tests.house import REPO_ROOT
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return served_bundle(tmp_path_factory.mktemp("deploy") / "bundle")
+
+
+def engine_set(digest: str, name: str, threads: int, passed: bool = True) -> EngineSet:
+    candidate = Candidate(name=name, choice={"engine": "onnxruntime", "options": {"threads": threads}})
+    return EngineSet(
+        bundle_digest=digest,
+        device=device_key(),
+        cores=2,
+        created_at="2024-01-01T00:00:00+00:00",
+        objective="throughput",
+        limits=ParityLimits(),
+        candidates=[CandidateReport(candidate=candidate, passed=passed, reason="" if passed else "logits differ")],
+        chosen={1: name} if passed else {},
+    )
+
+
+def test_without_a_champion_it_says_how_to_get_one_and_leaves_nothing_behind(dermray_home):
+    with pytest.raises(ValueError, match="no champion registered for model 'dermray'.*promote"):
+        run(DeployServiceConfig())
+    assert list(dermray_home.iterdir()) == []
+
+
+def test_a_bundle_that_was_changed_is_refused(tmp_path):
+    reference = served_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / "model_card.md").write_text("better than it was")
+    with pytest.raises(ValueError, match="model_card.md.*refused"):
+        resolve_model(DeployServiceConfig(bundle=reference.bundle_uri))
+
+
+def test_the_engine_that_was_chosen_for_this_device_is_served(reference, dermray_home):
+    config = DeployServiceConfig(bundle=reference.bundle_uri)
+    assert resolve_model(config).engine is None
+    engine_set(reference.sha256, "two", threads=2).save(dermray_home / "engine_sets")
+    model = resolve_model(config)
+    assert model.engine == {"engine": "onnxruntime", "options": {"threads": 2}}
+    assert model.sha256 == reference.sha256 and model.version == f"bundle-{reference.sha256[:12]}"
+    engine_set(reference.sha256, "two", threads=2, passed=False).save(dermray_home / "engine_sets")
+    with pytest.raises(ValueError, match="no engine of bundle .* passed"):
+        resolve_model(config)
+
+
+def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    release = dermray_home / "releases" / "x.zip"
+    settings = serve_settings(DeployServiceConfig(), release)
+    for place in settings.storage.model_dump().values():
+        assert str(dermray_home) in place
+    assert settings.runtime_env == {
+        "working_dir": release.as_uri(),
+        "env_vars": {"DERMRAY_HOME": str(dermray_home)},
+    }
+    with pytest.raises(ValidationError, match="relative"):
+        settings.storage.model_validate(settings.storage.model_dump() | {"spool_dir": "spool"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org", ""])
+def test_an_open_service_listens_on_loopback_only(host):
+    with pytest.raises(ValidationError, match="loopback"):
+        DeployServiceConfig(host=host)
+
+
+def test_the_address_is_a_url():
+    assert DeployServiceConfig(port=8123).url == "http://127.0.0.1:8123"
+    assert DeployServiceConfig(host="::1", port=8123).url == "http://[::1]:8123"
+
+
+def test_a_batch_that_can_never_fill_is_refused():
+    with pytest.raises(ValidationError, match="max_ongoing_requests is 8"):
+        DeployServiceConfig(scorer={"max_batch_size": 32, "max_ongoing_requests": 8})
+
+
+def test_the_secret_is_made_once_and_for_its_owner_only(tmp_path):
+    path = tmp_path / "secrets" / "key"
+    ensure_patient_key(path)
+    secret = path.read_bytes()
+    assert len(secret) == 32 and path.stat().st_mode & 0o077 == 0
+    ensure_patient_key(path)
+    assert path.read_bytes() == secret
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        ensure_patient_key(path)
+
+
+def test_without_a_cluster_that_outlives_the_job_nothing_is_deployed(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="no Ray cluster"):
+        start_serve(DeployServiceConfig())
+
+
+def test_a_release_is_the_same_file_for_the_same_code_and_another_for_other_code(tmp_path):
+    first = write_release(REPO_ROOT, tmp_path / "releases")
+    assert write_release(REPO_ROOT, tmp_path / "releases") == first
+    assert [file.name for file in (tmp_path / "releases").iterdir()] == [first.name]
+    names = zipfile.ZipFile(first).namelist()
+    assert {name.split("/")[0] for name in names} == set(PACKAGES)
+    assert not [name for name in names if "__pycache__" in name]
+    checkout = tmp_path / "checkout"
+    for package in PACKAGES:
+        (checkout / package).mkdir(parents=True)
+        (checkout / package / "__init__.py").touch()
+    assert write_release(checkout, tmp_path / "releases") != first
+    (checkout / "store" / "__init__.py").unlink()
+    with pytest.raises(ValueError, match="no package 'store'"):
+        write_release(checkout, tmp_path / "releases")
+
+
+def test_a_release_imports_by_itself_and_without_training_code(tmp_path):
+    zipfile.ZipFile(write_release(REPO_ROOT, tmp_path)).extractall(tmp_path / "code")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import serve.app, monitoring.prediction_log, modeling.context_model, modeling.engines
+assert serve.app.__file__.startswith(sys.argv[1]), serve.app.__file__
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "mlflow", "evidently", "training", "data_pipelines", "ray_jobs"}, loaded
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path / "code")], check=True, env=environment, cwd=Path(tmp_path)
+    )

@@ -1,0 +1,264 @@
+"""The real graph behind real HTTP on a real cluster, deployed by a submitted job that has ended since."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from local.jobs import run_job_on
+from ray_jobs.deploy_service import DeployServiceConfig, run
+from serve.drift_logger import open_log
+from serve.settings import StorageSettings
+from tests.bundle_factory import lesion_image, served_bundle
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+METADATA = {"age_approx": 60, "sex": "female"}
+FORBIDDEN = ("torch", "mlflow", "evidently", "training", "data_pipelines", "ray_jobs", "sklearn", "matplotlib")
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 90.0) -> object:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s:g} s"
+        time.sleep(0.1)
+    return value
+
+
+@dataclass
+class Service:
+    """The deployed service and its places."""
+
+    url: str
+    home: Path
+    config: dict
+    storage: StorageSettings
+    client: httpx.Client
+
+    def predict(self, seed: int = 0, **headers: str) -> httpx.Response:
+        return self.client.post(
+            f"{self.url}/v1/predict",
+            files={"image": ("lesion.jpg", lesion_image(seed))},
+            data={"metadata": json.dumps(METADATA), "patient_id": f"patient {seed}"},
+            headers=headers,
+        )
+
+    def ready(self) -> bool:
+        try:
+            response = self.client.get(f"{self.url}/readyz")
+        except httpx.HTTPError:
+            return False
+        return response.status_code == 200 and set(response.json()["checks"].values()) == {"ok"}
+
+    def stored_ids(self) -> list[str]:
+        return [row["id"] for row in open_log(self.storage).store.predictions_between(0, 2**62)]
+
+    def spooled(self) -> int:
+        return open_log(self.storage).spool.pending()
+
+
+@pytest.fixture(scope="module")
+def service(ray_connected, tmp_path_factory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("served") / "home"
+    home.mkdir()
+    bundle = served_bundle(home / "bundles" / "first")
+    arguments = ["--bundle", bundle.bundle_uri, "--port", str(ray_connected.http_port)]
+    arguments += ["--drift-logger.attempt-timeout-s", "2", "--scorer.max-replicas", "1"]
+    result = run_job_on(
+        ray_connected.client_environment(), home, "deploy_service", arguments, f"deploy-{time.time_ns()}"
+    )
+    storage = StorageSettings(
+        store_url=f"sqlite:///{home}/store.db",
+        images_url=str(home / "images"),
+        spool_dir=str(home / "spool"),
+        patient_key_file=str(home / "secrets" / "patient_hmac.key"),
+    )
+    # trust_env: loopback is not reached through a proxy, whatever http_proxy says.
+    with httpx.Client(timeout=60, trust_env=False) as client:
+        yield Service(result["url"], home, result, storage, client)
+    from ray import serve
+
+    serve.shutdown()
+
+
+def replicas(deployment: str) -> dict[int, ray.actor.ActorHandle]:
+    """Live replicas of a deployment by process id."""
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == "serve" and f"#{deployment}#" in actor["name"]:
+            try:
+                handle = ray.get_actor(actor["name"], namespace="serve")
+                found[ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=20)] = handle
+            except (ValueError, ray.exceptions.RayError):
+                continue  # it died meanwhile
+    return found
+
+
+@dataclass
+class Traffic:
+    """Clients that send one request after the other until told to stop."""
+
+    service: Service
+    answered: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def _client(self, number: int) -> None:
+        seed = 0
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            while not self.stop.is_set():
+                seed += 1
+                try:
+                    response = client.post(
+                        f"{self.service.url}/v1/predict", files={"image": ("x", lesion_image(1000 * number + seed))}
+                    )
+                except httpx.HTTPError as error:
+                    self.failed.append(repr(error))
+                    continue
+                if response.status_code == 200:
+                    self.answered.append(response.json()["prediction_id"])
+                else:
+                    self.failed.append(f"{response.status_code} {response.text}")
+
+    def during(self, action: Callable[[], None]) -> None:
+        """Sends requests with 6 clients before, while and after `action` runs."""
+        with ThreadPoolExecutor(6) as pool:
+            clients = [pool.submit(self._client, number) for number in range(6)]
+            try:
+                self.wait_for_answers(20)
+                action()
+                self.wait_for_answers(40)
+            finally:
+                self.stop.set()
+            for client in clients:
+                client.result(timeout=90)
+
+    def wait_for_answers(self, number: int) -> None:
+        target = len(self.answered) + number
+        wait_for(lambda: len(self.answered) >= target, f"{number} more answers (failed: {self.failed[-3:]})")
+
+
+def test_the_deploying_job_has_ended_and_the_service_answers(service):
+    assert service.config["model_version"].startswith("bundle-")
+    assert list((service.home / "releases").glob("*.zip"))
+    response = service.predict()
+    assert response.status_code == 200
+    assert response.json()["prediction_id"] in service.stored_ids()
+    assert service.client.get(f"{service.url}/docs").status_code == 200
+    card = service.client.get(f"{service.url}/v1/model").json()
+    assert card["digest"] == service.config["digest"]
+    assert (service.home / "secrets" / "patient_hmac.key").stat().st_mode & 0o077 == 0
+
+
+def test_batches_and_large_pictures_pass_between_the_nodes(service):
+    """Arguments over 100 KB take another way between replicas."""
+    images = [lesion_image(seed, size=600, suffix=".png") for seed in range(12)]
+    response = service.client.post(
+        f"{service.url}/v1/predict/batch",
+        files=[("images", ("x.png", image)) for image in images] + [("images", ("x.txt", b"text"))],
+        data={"metadata": json.dumps([METADATA] * 6 + [None] * 7)},
+    )
+    assert response.status_code == 200
+    answers = response.json()
+    assert [answer.get("context") for answer in answers] == ["none"] * 6 + ["image_only"] * 6 + [None]
+    assert answers[12]["error"] == "unsupported_media_type"
+    assert {answer["prediction_id"] for answer in answers[:12]} <= set(service.stored_ids())
+
+
+def test_a_repeated_key_is_answered_once(service):
+    answers = [service.predict(5, **{"Idempotency-Key": "visit 1".replace(" ", "-")}).json() for _ in range(3)]
+    assert len({answer["prediction_id"] for answer in answers}) == 1
+    assert service.stored_ids().count(answers[0]["prediction_id"]) == 1
+    assert len({answer["risk"] for answer in answers}) == 1
+
+
+def test_bad_input_is_a_4xx_over_real_http(service):
+    post, url = service.client.post, f"{service.url}/v1/predict"
+    assert post(url, files={"image": ("x", b"text")}).status_code == 415
+    assert post(url, files={"image": ("x", lesion_image())}, data={"metadata": "{"}).status_code == 422
+    oversize = post(url, files={"image": ("x", bytes(30 * 2**20))})
+    assert oversize.status_code == 413 and oversize.json()["error"] == "too_large"
+
+    def chunks():
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        for _ in range(30):
+            yield bytes(2**20)
+
+    chunked = post(url, content=chunks(), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert chunked.status_code == 413
+
+
+def test_replicas_carry_the_code_of_the_release_and_nothing_of_training(service):
+    for deployment in ("Ingress", "ImageScorer", "MetadataFusion", "DriftLogger"):
+        (handle,) = replicas(deployment).values()
+        modules, origin, home = ray.get(
+            handle.__ray_call__.remote(
+                lambda _: (sorted(sys.modules), sys.modules["serve.settings"].__file__, os.environ["DERMRAY_HOME"])
+            ),
+            timeout=30,
+        )
+        assert [name for name in modules if name.split(".")[0] in FORBIDDEN] == [], deployment
+        assert "working_dir_files" in origin, f"{deployment} runs {origin}, not the release"
+        assert home == str(service.home)
+
+
+@pytest.mark.parametrize("deployment", ["ImageScorer", "DriftLogger"])
+def test_a_killed_replica_loses_no_answered_prediction(service, deployment):
+    before = set(service.stored_ids())
+    (victim,) = replicas(deployment)
+    traffic = Traffic(service)
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: set(replicas(deployment)) - {victim}, f"a new {deployment}")
+        wait_for(service.ready, "readiness")
+
+    traffic.during(kill)
+    wait_for(lambda: service.ready() and service.spooled() == 0, "the replay of the spool")
+    stored = service.stored_ids()
+    assert set(traffic.answered) <= set(stored)
+    assert len(stored) == len(set(stored))
+    assert len(set(traffic.answered)) == len(traffic.answered) >= 60
+    # Requests of this test that were cut off may be stored too, but nothing else.
+    assert len(set(stored) - before) <= len(traffic.answered) + len(traffic.failed) + 6
+    assert traffic.failed == []
+
+
+def test_a_new_model_takes_over_under_load_without_new_replicas(service, ray_connected, monkeypatch):
+    monkeypatch.setenv("DERMRAY_HOME", str(service.home))
+    second = served_bundle(service.home / "bundles" / "second", onnx_bias=1.5)
+    scorers = set(replicas("ImageScorer"))
+    config = DeployServiceConfig(
+        bundle=second.bundle_uri,
+        port=ray_connected.http_port,
+        drift_logger={"attempt_timeout_s": 2},
+        scorer={"max_replicas": 1},
+    )
+    traffic = Traffic(service)
+    traffic.during(lambda: run(config))
+    assert traffic.failed == []
+    assert set(replicas("ImageScorer")) == scorers
+    wait_for(lambda: service.spooled() == 0, "the replay of the spool")
+    rows = {row["id"]: row for row in open_log(service.storage).store.predictions_between(0, 2**62)}
+    versions = [rows[prediction]["model_version"] for prediction in traffic.answered]
+    assert set(versions) == {service.config["model_version"], f"bundle-{second.sha256[:12]}"}
+
+
+def test_another_port_than_the_running_serve_is_refused(service, ray_connected, monkeypatch):
+    monkeypatch.setenv("DERMRAY_HOME", str(service.home))
+    bundle = str(service.home / "bundles" / "first")
+    with pytest.raises(ValueError, match=f"listens on 127.0.0.1:{ray_connected.http_port} already"):
+        run(DeployServiceConfig(bundle=bundle, port=ray_connected.http_port + 1))
