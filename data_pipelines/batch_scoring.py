@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
-from data_pipelines.image_dataset import read_images
+from data_pipelines.image_dataset import read_images, task_cpus
 from modeling.engines import OnnxRuntimeEngine
 
 QUALITY_COLUMNS = ("brightness", "contrast", "blur", "red", "green", "blue")
@@ -82,7 +82,7 @@ def score_images(
         fn_constructor_args=(onnx_path, threads, with_embedding, projection),
         batch_size=batch_size,
         concurrency=num_scorers,
-        num_cpus=1,
+        num_cpus=task_cpus(),
     )
     order: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {}

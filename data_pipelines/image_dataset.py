@@ -16,6 +16,8 @@ from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageD
 from data_pipelines.stratified_folds import GATE_FOLD
 from modeling.schema import TaskSpec
 
+SMALL_CLUSTER_CPUS = 4
+
 
 @dataclass(frozen=True)
 class DatasetVersion:
@@ -134,4 +136,15 @@ def read_images(source: LesionImageDatasource) -> ray.data.Dataset:
     # Our own progress lines say more than a bar per operator; bars of several datasets garble job logs.
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    return ray.data.read_datasource(source, override_num_blocks=source.num_tasks)
+    return ray.data.read_datasource(
+        source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": task_cpus()}
+    )
+
+
+def task_cpus() -> float:
+    """CPUs of a read task or scoring actor: a whole one, but half a one on a small cluster.
+
+    On two cores a service (0.9 CPU), a train worker (0.5) and a trial (0.1) leave less than a whole CPU, and Ray Data
+    would wait for one forever without an error.
+    """
+    return 1.0 if ray.cluster_resources().get("CPU", 0.0) > SMALL_CLUSTER_CPUS else 0.5

@@ -111,7 +111,7 @@ def create_scorer(
         missing, unexpected = scorer.backbone.load_state_dict(state, strict=False)
         if missing:
             raise ValueError(
-                f"model.weights = {weights!r} does not fit {backbone}: {len(missing)} tensors missing, e.g. {missing[0]}"
+                f"model.weights = {weights!r} does not fit {backbone}: {len(missing)} tensors missing, as {missing[0]}"
             )
         del unexpected  # a classifier head is expected to be left over
     return scorer

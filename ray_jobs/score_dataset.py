@@ -22,7 +22,7 @@ class ScoreDatasetConfig(JobConfig):
     out: Location = Field(description=".csv or .parquet")
     model: str = Field("champion", description="registry alias, version number, or a bundle's path")
     context: Literal["auto", "image_only", "none", "patient"] = "auto"
-    num_scorers: int = Field(1, ge=1, le=1024, description="engine actors, one CPU each")
+    num_scorers: int = Field(1, ge=1, le=1024, description="engine actors")
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
     model_name: str = "dermray"
