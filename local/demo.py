@@ -22,14 +22,18 @@ from typing import Any
 
 import httpx
 
+from data_pipelines.synthetic_dataset import SHIFTS, write_sample
 from local.cluster import LocalCluster
 from local.down import CLUSTER_FOLDER, DEMO_HOME
 from local.jobs import run_job_on
-from local.traffic import Day, metadata_fields, read_lesions, send_day
+from local.traffic import metadata_fields, read_lesions, send_day
 
 # Written into the demo's folder: only a folder with it, or an empty one, is ever cleared.
 MARKER = "DEMO"
 CONFIGS = "configs/demo"
+# A day's lesions come from the same population as the training sample (configs/demo/make_sample.yaml), other patients.
+DAY_PATIENTS, DAY_LESIONS, DAY_PREVALENCE = 40, 11.0, 0.06
+DAYS = {"ordinary": "none", "shifted": "camera"}
 
 
 class DemoError(RuntimeError):
@@ -160,7 +164,7 @@ def _gate_line(result: dict[str, Any]) -> str:
     return "gate AUC " + ", ".join(parts)
 
 
-def send_traffic(demo: Demo, name: str, url: str, flags: list[str]) -> tuple[datetime, datetime]:
+def send_traffic(demo: Demo, name: str, url: str, seed: int) -> tuple[datetime, datetime]:
     """A day of requests from patients that trained nothing; returns the window of the log that holds them.
 
     The window is the time of the sending itself: the log is dated by the service's clock, and no one may set that.
@@ -169,10 +173,10 @@ def send_traffic(demo: Demo, name: str, url: str, flags: list[str]) -> tuple[dat
 
     def run() -> str:
         folder = demo.home / "traffic" / name
-        demo.job("make_sample", "--config", f"{CONFIGS}/make_sample.yaml", "--out", str(folder), *flags, attempt=name)
+        write_sample(folder, DAY_PATIENTS, DAY_LESIONS, DAY_PREVALENCE, seed, SHIFTS[DAYS[name]], lambda _: None)
         lesions = list(read_lesions(folder / "train-image.hdf5", folder / "train-metadata.csv", metadata_fields(url)))
         window.append(datetime.now(UTC))
-        day: Day = send_day(url, lesions)
+        day = send_day(url, lesions)
         window.append(datetime.now(UTC))
         if day.answered != day.sent:
             raise DemoError(f"{day.sent - day.answered} of {day.sent} requests failed: {dict(day.statuses)}")
@@ -226,12 +230,12 @@ def run_demo(home: Path) -> None:
         build_model(demo)
         deployed = demo.job_stage(
             "deploy_service",
-            ["--config", f"{CONFIGS}/deploy_service.yaml", "--port", str(cluster.http_port)],
+            ["--port", str(cluster.http_port)],
             lambda r: f"version {r['model_version']} with {r['engine']} at {r['url']}",
         )
         url = deployed["url"]
-        ordinary = send_traffic(demo, "ordinary", url, ["--seed", "101"])
-        shifted = send_traffic(demo, "shifted", url, ["--seed", "102", "--shift", "camera"])
+        ordinary = send_traffic(demo, "ordinary", url, seed=101)
+        shifted = send_traffic(demo, "shifted", url, seed=102)
         reports = [
             check_day(demo, "ordinary", ordinary, expect_alarm=False),
             check_day(demo, "shifted", shifted, expect_alarm=True),
