@@ -141,7 +141,7 @@ def run_job_on(
     arguments: list[str],
     submission_id: str,
     show: Callable[[str], None] = print,
-    timeout_s: float = 900.0,
+    timeout_s: float = 1800.0,
 ) -> dict[str, Any]:
     """Submits `python -m ray_jobs.<verb> <arguments>`, follows it and returns its JSON result.
 

@@ -73,7 +73,7 @@ def test_a_package_loads_without_what_it_does_not_need(packages, absent, tmp_pat
 
 
 IMPORT_ALL = """
-import importlib, json, logging, os, socket, sys, threading
+import importlib, json, os, sys
 before = dict(os.environ)
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -90,7 +90,9 @@ print(json.dumps({
 
 
 def test_importing_every_module_does_nothing(tmp_path):
-    state = json.loads(run_python(IMPORT_ALL, *modules_of(*PACKAGES), cwd=tmp_path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    state = json.loads(run_python(IMPORT_ALL, *modules_of(*PACKAGES), cwd=empty))
     assert not state["ray_started"]
     assert state["environment"] == []
     # Matplotlib and others may write a cache below HOME, which is this folder; nothing of ours may appear.
