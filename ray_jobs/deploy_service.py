@@ -26,6 +26,7 @@ from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_ho
 from serve.release import write_release
 from serve.settings import (
     APP_NAME,
+    REPLICA_ENVIRONMENT,
     DriftLoggerSettings,
     FusionSettings,
     IngressSettings,
@@ -127,7 +128,10 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         scorer=config.scorer,
         fusion=config.fusion,
         drift_logger=config.drift_logger,
-        runtime_env={"working_dir": release.as_uri(), "env_vars": {"DERMRAY_HOME": str(dermray_home())}},
+        runtime_env={
+            "working_dir": release.as_uri(),
+            "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},
+        },
     )
 
 

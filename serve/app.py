@@ -6,6 +6,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
 
 from serve.drift_logger import DriftLogger
 from serve.image_scorer import ImageScorer
@@ -27,6 +28,9 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
             actor["runtime_env"] = settings.runtime_env
         return {"ray_actor_options": actor, "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS}
 
+    # The ingress logs every request; the same line from each inner node would only cost time.
+    inner = {"logging_config": LoggingConfig(enable_access_log=False)}
+
     scorer = serve.deployment(
         ImageScorer,
         name="ImageScorer",
@@ -40,6 +44,7 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
             upscale_delay_s=settings.scorer.upscale_delay_s,
             downscale_delay_s=settings.scorer.downscale_delay_s,
         ),
+        **inner,
         **options(settings.scorer.num_cpus, num_gpus=settings.scorer.num_gpus),
     ).bind(settings.scorer.model_dump())
 
@@ -49,6 +54,7 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
         user_config=user_config,
         num_replicas=settings.fusion.num_replicas,
         max_ongoing_requests=settings.fusion.max_ongoing_requests,
+        **inner,
         **options(settings.fusion.num_cpus),
     ).bind()
 
@@ -57,6 +63,7 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
         name="DriftLogger",
         num_replicas=1,
         max_ongoing_requests=settings.drift_logger.max_ongoing_requests,
+        **inner,
         **options(settings.drift_logger.num_cpus),
     ).bind(settings.storage.model_dump())
 

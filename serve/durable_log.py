@@ -14,6 +14,7 @@ from serve.drift_logger import Ack, LogEntry
 from serve.group_commit import GroupCommit
 from serve.settings import DriftLoggerSettings
 
+# Serve's logger writes the replica's log file; in throughput mode it holds back what is below ERROR.
 logger = logging.getLogger("ray.serve")
 
 
@@ -64,7 +65,7 @@ class DurableLog:
             try:
                 return await asyncio.wait_for(self._sidecar.find(caller, keys), self._settings.attempt_timeout_s)
             except Exception as error:
-                logger.warning("the drift logger did not look up a key: %r", error)
+                logger.error("the drift logger did not look up a key: %r", error)
         return [None] * len(keys)
 
     async def check(self) -> str:
@@ -72,7 +73,7 @@ class DurableLog:
         try:
             await asyncio.wait_for(self._sidecar.ping(), self._settings.attempt_timeout_s)
         except Exception as error:
-            logger.warning("the drift logger is not ready: %r", error)
+            logger.error("the drift logger is not ready: %r", error)
             directory = self._log.spool.directory
             existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
             return "spooling" if os.access(existing, os.W_OK) else f"no answer, and {directory} is not writable"
@@ -84,7 +85,7 @@ class DurableLog:
                 try:
                     return await asyncio.wait_for(self._sidecar.write(entries), self._settings.attempt_timeout_s)
                 except Exception as error:
-                    logger.warning("the drift logger did not answer (attempt %d): %r", attempt, error)
+                    logger.error("the drift logger did not answer (attempt %d): %r", attempt, error)
         records = [record for entry in entries for record in entry.records]
         images = {name: data for entry in entries for name, data in entry.images.items()}
         try:

@@ -36,7 +36,7 @@ async def call_again(method: Any, *arguments: Any, retry_after_s: int) -> Any:
         try:
             return await method.remote(*arguments)
         except _DEAD_REPLICA as error:
-            logger.warning("a replica died under a call (attempt %d): %r", attempt, error)
+            logger.error("a replica died under a call (attempt %d): %r", attempt, error)
             await asyncio.sleep(_RETRY_S * attempt)
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise unavailable(error.message, retry_after_s) from error

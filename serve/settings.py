@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 APP_NAME = "dermray"
 
+# What a replica's process needs to have in its environment, whatever the cluster's. In throughput mode replicas talk
+# gRPC, whose messages end at 4 MiB unless told otherwise: a batch of pictures is larger.
+REPLICA_ENVIRONMENT = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20)}
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")

@@ -75,10 +75,8 @@ def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_p
     settings = serve_settings(DeployServiceConfig(), release)
     for place in settings.storage.model_dump().values():
         assert str(dermray_home) in place
-    assert settings.runtime_env == {
-        "working_dir": release.as_uri(),
-        "env_vars": {"DERMRAY_HOME": str(dermray_home)},
-    }
+    assert settings.runtime_env["working_dir"] == release.as_uri()
+    assert settings.runtime_env["env_vars"]["DERMRAY_HOME"] == str(dermray_home)
     with pytest.raises(ValidationError, match="relative"):
         settings.storage.model_validate(settings.storage.model_dump() | {"spool_dir": "spool"})
 
