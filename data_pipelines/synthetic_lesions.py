@@ -17,7 +17,7 @@ MIN_SIZE, MAX_SIZE = 61, 239
 _CONTOUR_STEPS = 512
 # Lightness, red-green and yellow-blue of the blobs that make a lesion variegated: dark brown, black, tan, red.
 _BLOB_LAB = np.array([[-13, 1, -3], [-20, -3, -9], [9, 1, 5], [2, 11, 1]], np.float32)
-_VEIL_LAB = np.array([-4.0, -9.0, -23.0], np.float32)
+_VEIL_LAB = np.array([-3.0, -10.0, -21.0], np.float32)
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _paint_skin(lab: np.ndarray, rng: np.random.Generator) -> None:
     lightness += _noise(rng, size, 20)
     lightness += 0.9 * _noise(rng, size, 48)
     # Furrows run in two directions, so the bumps are long and thin.
-    lightness += _noise(rng, size, 34, 11)
-    lightness += _noise(rng, size, 12, 34)
+    lightness += 0.7 * _noise(rng, size, 34, 11)
+    lightness += 0.7 * _noise(rng, size, 12, 34)
     redness += 1.2 * _noise(rng, size, 5) - 0.5 * mottling + _noise(rng, size, 26)
     yellowness += 0.9 * _noise(rng, size, 7)
 
