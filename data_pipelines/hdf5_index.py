@@ -46,29 +46,47 @@ def build_index(path: str | Path) -> Hdf5Index:
     offsets: list[int] = []
     sizes: list[int] = []
     with open_hdf5(path) as file:
-        for key in file:
-            item = file.get(key)
-            if not isinstance(item, h5py.Dataset):
-                continue
-            offset = item.id.get_offset() if item.ndim <= 1 else None
-            # Variable-length values (kind O) store a pointer, not the bytes, at their offset.
-            contiguous = offset is not None and item.dtype.kind in "SVu"
+        for key in _keys(file):
+            try:
+                item = file[key]
+                if not isinstance(item, h5py.Dataset):
+                    continue
+                offset, size = _byte_range(item)
+            except (KeyError, OSError, RuntimeError):
+                # A damaged entry costs itself, not the file: reading it fails, and its id is quarantined.
+                offset, size = -1, 0
             ids.append(key)
-            offsets.append(int(offset) if contiguous else -1)
-            sizes.append(int(item.id.get_storage_size()))
+            offsets.append(offset)
+            sizes.append(size)
     if not ids:
         raise ValueError(f"images file {path} holds no datasets; expected one per image id at the root")
     order = np.argsort(np.array(ids), kind="stable")
     return Hdf5Index(str(path), np.array(ids)[order], np.array(offsets)[order], np.array(sizes)[order])
 
 
+def _keys(file: h5py.File) -> list[str]:
+    try:
+        return list(file)
+    except (KeyError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"images file {file.filename} cannot be read as HDF5: {message}") from error
+
+
+def _byte_range(item: h5py.Dataset) -> tuple[int, int]:
+    """(offset, size) of a dataset's bytes in the file; offset -1 when they do not lie there as they are."""
+    offset = item.id.get_offset() if item.ndim <= 1 else None
+    # Variable-length values (kind O) store a pointer, not the bytes, at their offset.
+    contiguous = offset is not None and item.dtype.kind in "SVu"
+    return (int(offset) if contiguous else -1), int(item.id.get_storage_size())
+
+
 def as_bytes(value: object) -> bytes:
-    """JPEG bytes from whatever an HDF5 reader returned (`S<n>`, opaque void, uint8 array, variable length)."""
-    if isinstance(value, bytes):
-        return value
+    """Encoded bytes from whatever an HDF5 reader returned (`S<n>`, opaque void, uint8 array, variable length)."""
     if isinstance(value, str):
-        return value.encode("latin-1")
-    return np.asarray(value).tobytes()
+        value = value.encode("latin-1")
+    data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+    # Values padded to one length end in NULs, which would hide a JPEG's end marker; no JPEG ends in NUL itself.
+    return data.rstrip(b"\0") if data.startswith(b"\xff\xd8") else data
 
 
 class ImageReader:
@@ -98,10 +116,13 @@ class ImageReader:
         if offset < 0:
             if self._file is None:
                 self._file = open_hdf5(self.path)
-            return as_bytes(self._file[image_id][()])
+            try:
+                return as_bytes(self._file[image_id][()])
+            except RuntimeError as error:
+                raise OSError(f"image {image_id} of {self.path}: {error}") from error
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
             raise OSError(f"image {image_id}: {len(data)} of {size} bytes at offset {offset} of {self.path}")
-        return data
+        return as_bytes(data)
