@@ -31,6 +31,7 @@ from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.prediction_service import Outcome, PredictionService
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
+from serve.upload import check_batch
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
@@ -149,19 +150,19 @@ def build_api(service: PredictionService) -> FastAPI:
         The other fields hold for all of them.
         """
         await _check_fields(request, ("images", "metadata", *_ORIGIN_FIELDS))
-        if len(images) > limits.max_batch_images:
-            raise ApiError(413, "too_large", f"images: {len(images)} files; expected at most {limits.max_batch_images}")
+        files = [await image.read() for image in images]
+        check_batch(files, limits)
         records = [None] * len(images) if metadata is None else parse_json(metadata, "metadata")
         if not isinstance(records, list) or len(records) != len(images):
             raise invalid_field(f"metadata: expected a JSON list of {len(images)} entries, one per image")
         origin = _origin(patient_id, institution, device, acquired_at)
         key = parse_key(idempotency_key)
         lesions: list[LesionRequest | ApiError] = []
-        for index, (image, record) in enumerate(zip(images, records, strict=True)):
+        for index, (file, record) in enumerate(zip(files, records, strict=True)):
             item_key = None if key is None else f"{key}/{index}"
             try:
                 cleaned = parse_metadata(record, service.model.task)
-                lesions.append(LesionRequest(await image.read(), cleaned, origin, item_key))
+                lesions.append(LesionRequest(file, cleaned, origin, item_key))
             except ApiError as error:
                 lesions.append(error)
         return list(map(_answer, await service.predict(lesions)))

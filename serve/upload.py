@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Literal
 
 from serve.errors import ApiError
@@ -58,6 +59,32 @@ def check_upload(data: bytes, limits: UploadLimits) -> ImageFormat:
             413, "too_many_pixels", f"image: {width}x{height} pixels; expected at most {limits.max_pixels} (max_pixels)"
         )
     return image_format
+
+
+def check_batch(images: Sequence[bytes], limits: UploadLimits) -> None:
+    """Lets the images of one request pass that are affordable together; each is still to be checked by itself.
+
+    Raises:
+        ApiError: 413 too many images or pixels.
+    """
+    if len(images) > limits.max_batch_images:
+        raise ApiError(
+            413,
+            "too_large",
+            f"images: {len(images)} files; expected at most {limits.max_batch_images} (max_batch_images)",
+        )
+    pixels = 0
+    for data in images:
+        image_format = sniff_format(data)
+        width, height = (image_format and read_dimensions(data, image_format)) or (0, 0)
+        # A picture over its own limit is refused alone, and costs nothing.
+        pixels += width * height if width * height <= limits.max_pixels else 0
+    if pixels > limits.max_batch_pixels:
+        raise ApiError(
+            413,
+            "too_many_pixels",
+            f"images: {pixels} pixels together; expected at most {limits.max_batch_pixels} (max_batch_pixels)",
+        )
 
 
 def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:

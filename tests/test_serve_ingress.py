@@ -33,7 +33,9 @@ FIELDS = {
     "reasons",
     "stage_ms",
 }
-LIMITS = UploadLimits(max_image_bytes=100_000, max_pixels=250_000, max_batch_images=4, max_batch_bytes=300_000)
+LIMITS = UploadLimits(
+    max_image_bytes=100_000, max_pixels=250_000, max_batch_images=4, max_batch_bytes=300_000, max_batch_pixels=600_000
+)
 METADATA = {"age_approx": 60, "sex": "female"}
 
 
@@ -218,7 +220,16 @@ def test_a_batch_that_is_wrong_as_a_whole_is_refused(served):
     problem(served.predict_batch([image], metadata="{}"), 422, "metadata: expected a JSON list")
     problem(served.predict_batch([image] * 5), 413, "images: 5 files")
     problem(served.predict_batch([]), 422, "images")
-    assert served.rows() == []
+    problem(served.predict_batch([blank_png(450)] * 3), 413, "607500 pixels together")
+    # One that is refused for its own size does not count.
+    answers = served.predict_batch([blank_png(450), blank_png(450), blank_png(2000), b"text"])
+    assert [answer.get("error") for answer in answers.json()] == [
+        None,
+        None,
+        "too_many_pixels",
+        "unsupported_media_type",
+    ]
+    assert len(served.rows()) == 2
 
 
 def test_a_key_gives_one_answer_and_one_record(served):
