@@ -144,7 +144,7 @@ def _match_images(
     position = np.minimum(np.searchsorted(index.ids, ids), len(index.ids) - 1)
     found = index.ids[position] == ids
     if not found.any():
-        raise ValueError(f"none of the {len(ids)} ids of {metadata} is in {index.path}, e.g. {ids[0]!r}")
+        raise ValueError(f"none of the {len(ids)} ids of {metadata} is in {index.path}, e.g. {str(ids[0])!r}")
     quarantine += [QuarantinedRow(str(i), "image_missing", "no image of this id") for i in ids[~found]]
     table = table[found].copy()
     table.insert(4, "offset", index.offset[position[found]].astype(np.int64))

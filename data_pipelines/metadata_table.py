@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -98,21 +99,29 @@ def _read_csv(path: Path, task: TaskSpec, require_labels: bool) -> pd.DataFrame:
     if not path.exists():
         raise ValueError(f"metadata file {path} does not exist; expected a CSV with a header")
     labels = [task.label_column] if task.label_column is not None else list(task.label_columns or [])
-    required = [task.id_column, *([task.context_group] if task.context_group else []), *task.columns]
+    required = [task.id_column, *([task.context_group] if task.context_group else [])]
     optional = [task.fold_group, *_report_columns(task)]
     if require_labels:
-        required += [*labels, *optional]
+        required += [*optional, *labels]
+    required += task.columns
     wanted = {*required, *optional}
     # Ids, groups, labels and categories stay the text they are: "007" is not 7.
     text = {name: "str" for name in wanted - set(task.numeric_columns)}
+    # All columns are read, because only then are rows with too many fields noticed: an unquoted comma shifts the
+    # values after it, and usecols or an implicit index would take the shifted ones.
+    options = {"encoding": "utf-8-sig", "low_memory": False, "index_col": False, "float_precision": "round_trip"}
     try:
-        header = list(pd.read_csv(path, nrows=0, encoding="utf-8-sig", low_memory=False).columns)
-        absent = [name for name in dict.fromkeys(required) if name not in header]
-        if absent:
-            raise ValueError(f"metadata file {path} lacks columns {absent}; task {task.name} expects them")
-        raw = pd.read_csv(path, usecols=lambda name: name in wanted, dtype=text, encoding="utf-8-sig", low_memory=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            header = list(pd.read_csv(path, nrows=0, **options).columns)
+            absent = [name for name in dict.fromkeys(required) if name not in header]
+            if absent:
+                raise ValueError(f"metadata file {path} lacks columns {absent}; task {task.name} expects them")
+            raw = pd.read_csv(path, dtype=text, **options)[[name for name in header if name in wanted]]
     except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"metadata file {path} cannot be read as CSV: {' '.join(str(error).split())}") from error
+    except pd.errors.ParserWarning as error:
+        raise ValueError(f"metadata file {path} has rows with more fields than its header") from error
     if raw.empty:
         raise ValueError(f"metadata file {path} has a header but no rows")
     return raw
