@@ -93,13 +93,36 @@ def feature_drift(
     null = np.empty((len(features), num_resamples))
     for index, feature in enumerate(features):
         reference, current = feature.reference[keep_reference], feature.current[keep_current]
-        has_value = present(reference)
-        sizes = np.bincount(current_codes[present(current)])
+        has_value, known_current = present(reference), present(current)
+        values, groups = reference[has_value], reference_codes[has_value]
+        sizes = np.bincount(current_codes[known_current])
+        num_drawn = len(np.unique(groups))
+        if feature.kind == "categorical":
+            values, groups = _with_imaginary_patients(values, groups, current[known_current])
         distances = _kolmogorov_smirnov_weighted if feature.kind == "numeric" else _jensen_shannon_weighted
-        null[index] = distances(reference[has_value], draws.row_weights(reference_codes[has_value], sizes[sizes > 0]))
+        null[index] = distances(values, draws.row_weights(groups, sizes[sizes > 0], num_drawn))
     unit = np.maximum(np.quantile(null, 0.95, axis=1), 1e-9)
     factor = np.quantile((null / unit[:, None]).max(axis=0), 1.0 - false_alarm_rate)
     return [_verdict(feature, float(scale * factor)) for feature, scale in zip(features, unit, strict=True)]
+
+
+def _with_imaginary_patients(
+    values: np.ndarray, groups: np.ndarray, current: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds one patient for each category that fewer than three patients of the reference show.
+
+    Resampling never draws what the reference lacks, so the first patient without an age would be an alarm; but none
+    among 25 patients does not make it impossible. This is Laplace's rule of succession, with patients for counts.
+    """
+    size = max(1, round(len(groups) / len(np.unique(groups))))
+    added = []
+    for category in np.unique(np.concatenate([values, current])):
+        if len(np.unique(groups[values == category])) < 3:
+            added.append(category)
+    new_groups = groups.max() + 1 + np.arange(len(added))
+    return np.concatenate([values, np.repeat(np.array(added, dtype=object), size)]), np.concatenate(
+        [groups, np.repeat(new_groups, size)]
+    )
 
 
 def _verdict(feature: Feature, threshold: float) -> FeatureDrift:
@@ -123,23 +146,24 @@ class _Draws:
         self._rng = rng
         self._kept: tuple[bytes, list[tuple[np.ndarray, np.ndarray]]] = (b"", [])
 
-    def row_weights(self, groups: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    def row_weights(self, groups: np.ndarray, sizes: np.ndarray, num_drawn: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """How often each reference row stands in each drawn sample, some resamples at a time.
 
         Features without missing values ask for the same weights one after the other, so the last ones are kept.
 
         Args:
             groups: int (N,) patient codes of the reference rows; sizes: int (K,) rows per patient of the day.
+            num_drawn: patients in a reference-sized sample.
 
         Returns:
             float32 (B, N) weights of the reference-sized and of the day-sized sample, in the order of the resamples.
         """
         key = groups.tobytes() + b"|" + sizes.tobytes()
         if self._kept[0] != key:
-            self._kept = (key, list(self._row_weights(groups, sizes)))
+            self._kept = (key, list(self._row_weights(groups, sizes, num_drawn)))
         return self._kept[1]
 
-    def _row_weights(self, groups: np.ndarray, sizes: np.ndarray) -> _Weights:
+    def _row_weights(self, groups: np.ndarray, sizes: np.ndarray, num_drawn: int) -> _Weights:
         """Draws the samples.
 
         A drawn day has as many patients as the day and, of each, as many rows: distinct rows of the drawn patient, and
@@ -156,7 +180,7 @@ class _Draws:
         step = max(1, 2_000_000 // (num_rows + len(patient)))
         for first in range(0, len(self._reference), step):
             part = slice(first, min(first + step, len(self._reference)))
-            drawn = (self._reference[part, :num_groups] * num_groups).astype(np.int64)
+            drawn = (self._reference[part, :num_drawn] * num_groups).astype(np.int64)
             of_reference = _count_rows(drawn, num_groups)[:, codes]
             drawn = (self._current[part, : len(sizes)] * num_groups).astype(np.int64)
             offset = (self._offset[part, : len(sizes)] * counts[drawn]).astype(np.int64)
@@ -185,10 +209,12 @@ def _kolmogorov_smirnov_weighted(values: np.ndarray, weights: _Weights) -> np.nd
 def _jensen_shannon_weighted(values: np.ndarray, weights: _Weights) -> np.ndarray:
     """`jensen_shannon` between weighted copies of one sample, for every resample."""
     codes, num = _codes(values)
-    member = np.eye(num, dtype=np.float32)[codes]
-    return np.concatenate(
-        [_jensen_shannon_counts(reference @ member, current @ member) for reference, current in weights]
-    )
+    rows_of = [np.flatnonzero(codes == code) for code in range(num)]
+    distances = []
+    for sides in weights:
+        counts = [np.stack([side[:, rows].sum(axis=1) for rows in rows_of], axis=1) for side in sides]
+        distances.append(_jensen_shannon_counts(*counts))
+    return np.concatenate(distances)
 
 
 def _jensen_shannon_counts(reference: np.ndarray, current: np.ndarray) -> np.ndarray:

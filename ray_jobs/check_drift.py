@@ -130,7 +130,7 @@ def check_window(
     version = model_version or f"bundle:{bundle.digest[:12]}"
     watermark = store.label_watermark(window.start_us, window.end_us)
     input_digest = _digest(iter(current["id"]), bundle.digest, watermark, settings)
-    folder = out / window.name / f"{version.replace(':', '-')}-{bundle.digest[:12]}"
+    folder = out / window.name / f"{model_version or 'bundle'}-{bundle.digest[:12]}"
     html = folder / HTML
     key = {
         "window_start": window.start_us,

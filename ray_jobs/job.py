@@ -102,7 +102,8 @@ def _flag_value(model: type[BaseModel], dotted: str, text: str) -> Any:
         return None if text == "null" and field.annotation is not str else text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
+        # ValueError: what looks like a date and is none (2026-02-30); the field's own check says what it expects.
         return text
 
 

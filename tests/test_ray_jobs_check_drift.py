@@ -194,6 +194,12 @@ def test_wrong_values_are_refused(home, values, message):
         config(home, **values)
 
 
+def test_a_day_that_does_not_exist_is_named_with_what_is_expected(home):
+    with pytest.raises(ValidationError, match="expected a date such as") as caught:
+        parse_config(CheckDriftConfig, ["--start", "2026-02-30"], None)
+    assert caught.value.errors()[0]["loc"] == ("start",)
+
+
 def test_a_missing_store_and_a_missing_champion_are_one_line(home, one_model, tmp_path):
     with pytest.raises(ValueError, match="store .*typo.db does not exist"):
         run(config(home, start=FIRST_DAY, store_url=f"sqlite:///{tmp_path}/typo.db"))
