@@ -123,7 +123,7 @@ def _noise(rng: np.random.Generator, size: int, rows: int, columns: int | None =
 
 def _grain(rng: np.random.Generator) -> np.ndarray:
     """Sensor noise of a 128-pixel tile, float32 (128, 128)."""
-    return np.float32(0.012) * rng.standard_normal((128, 128), np.float32)
+    return np.float32(0.006) * rng.standard_normal((128, 128), np.float32)
 
 
 def _window(size: int, x0: float, y0: float, reach: float) -> tuple[slice, slice]:
@@ -146,8 +146,8 @@ def _paint_skin(lab: np.ndarray, rng: np.random.Generator) -> None:
     lightness, redness, yellowness = lab
     mottling = _noise(rng, size, 6)
     lightness += 1.5 * mottling
-    lightness += _noise(rng, size, 20)
-    lightness += 0.9 * _noise(rng, size, 48)
+    lightness += 1.2 * _noise(rng, size, 20)
+    lightness += 1.7 * _noise(rng, size, 48)
     # Furrows run in two directions, so the bumps are long and thin.
     lightness += 0.7 * _noise(rng, size, 34, 11)
     lightness += 0.7 * _noise(rng, size, 12, 34)

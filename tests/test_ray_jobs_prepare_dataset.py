@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines.synthetic_dataset import SHIFTS, TEST_COLUMNS, write_sample
+from data_pipelines.synthetic_dataset import SHIFTS, write_sample
+from data_pipelines.synthetic_metadata import TEST_COLUMNS
 from ray_jobs.job import REPO_ROOT, parse_config, read_yaml, run_job
 from ray_jobs.prepare_dataset import PrepareDatasetConfig, run
 
