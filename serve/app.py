@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ray import serve
@@ -16,24 +17,39 @@ from serve.settings import ModelReference, ServeSettings
 
 # A replica that cannot be built (bundle refused, engine missing) fails its deployment instead of being tried 20 times.
 _CONSTRUCTOR_ATTEMPTS = 3
+# Serve notices a dead replica by its health check: with the default of 10 s a killed sidecar was back after up to 50 s.
+_HEALTH_CHECK_PERIOD_S = 2.0
 
 
 def build_app(settings: ServeSettings, model: ModelReference) -> serve.Application:
     """The application; a changed `model` alone reconfigures running replicas and restarts none."""
     user_config = model.model_dump()
+    # Serve replaces every replica of an application that is run again, unless it bears the version it had.
+    version = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()
 
-    def options(num_cpus: float, **more: Any) -> dict[str, Any]:
-        actor = {"num_cpus": num_cpus, **more}
+    def node(logic: type, num_cpus: float, *arguments: Any, num_gpus: float = 0, **options: Any) -> serve.Application:
+        actor_options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if settings.runtime_env is not None:
-            actor["runtime_env"] = settings.runtime_env
-        return {"ray_actor_options": actor, "max_constructor_retry_count": _CONSTRUCTOR_ATTEMPTS}
+            actor_options["runtime_env"] = settings.runtime_env
+        deployment = serve.deployment(
+            logic,
+            name=logic.__name__,
+            ray_actor_options=actor_options,
+            max_constructor_retry_count=_CONSTRUCTOR_ATTEMPTS,
+            health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+            **options,
+        )
+        deployment._version = version
+        return deployment.bind(*arguments)
 
     # The ingress logs every request; the same line from each inner node would only cost time.
     inner = {"logging_config": LoggingConfig(enable_access_log=False)}
 
-    scorer = serve.deployment(
+    scorer = node(
         ImageScorer,
-        name="ImageScorer",
+        settings.scorer.num_cpus,
+        settings.scorer.model_dump(),
+        num_gpus=settings.scorer.num_gpus,
         user_config=user_config,
         max_ongoing_requests=settings.scorer.max_ongoing_requests,
         autoscaling_config=AutoscalingConfig(
@@ -45,35 +61,33 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
             downscale_delay_s=settings.scorer.downscale_delay_s,
         ),
         **inner,
-        **options(settings.scorer.num_cpus, num_gpus=settings.scorer.num_gpus),
-    ).bind(settings.scorer.model_dump())
-
-    fusion = serve.deployment(
+    )
+    fusion = node(
         MetadataFusion,
-        name="MetadataFusion",
+        settings.fusion.num_cpus,
         user_config=user_config,
         num_replicas=settings.fusion.num_replicas,
         max_ongoing_requests=settings.fusion.max_ongoing_requests,
         **inner,
-        **options(settings.fusion.num_cpus),
-    ).bind()
-
-    drift_logger = serve.deployment(
+    )
+    drift_logger = node(
         DriftLogger,
-        name="DriftLogger",
+        settings.drift_logger.num_cpus,
+        settings.storage.model_dump(),
         num_replicas=1,
         max_ongoing_requests=settings.drift_logger.max_ongoing_requests,
         **inner,
-        **options(settings.drift_logger.num_cpus),
-    ).bind(settings.storage.model_dump())
-
-    return serve.deployment(
+    )
+    return node(
         Ingress,
-        name="Ingress",
+        settings.ingress.num_cpus,
+        scorer,
+        fusion,
+        drift_logger,
+        settings.model_dump(),
         user_config=user_config,
         num_replicas=settings.ingress.num_replicas,
         max_ongoing_requests=settings.ingress.max_ongoing_requests,
         max_queued_requests=settings.ingress.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=settings.ingress.retry_after_s),
-        **options(settings.ingress.num_cpus),
-    ).bind(scorer, fusion, drift_logger, settings.model_dump())
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,10 @@ from serve.stage_clock import StageClock
 logger = logging.getLogger("ray.serve")
 
 CALLER = "anonymous"
-# While a new model is rolled out, the nodes hold different ones for a moment.
+# While a new model is rolled out, the nodes hold different ones for a moment. A replica that is itself being replaced
+# never gets the new one: its requests end in time for their clients to come back to its successor.
 _ROLLOUT_POLL_S = 0.1
+_ROLLOUT_TIMEOUT_S = 5.0
 
 Outcome = tuple[PredictionRecord, dict[str, float]] | ApiError
 """A lesion's stored record and its stage timings (ms), or why it has none."""
@@ -93,12 +96,15 @@ class PredictionService:
         Raises:
             ApiError: 503 when a node does not answer in time, or the records are on no disk.
         """
+        give_up = time.monotonic() + _ROLLOUT_TIMEOUT_S
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 while True:
                     try:
                         return await self._attempt(requests, self.model)
-                    except _ModelsDifferError:
+                    except _ModelsDifferError as error:
+                        if time.monotonic() > give_up:
+                            raise self.unavailable("a new model is being rolled out") from error
                         await asyncio.sleep(_ROLLOUT_POLL_S)
         except TimeoutError as error:
             raise self.unavailable(f"no answer within {self.settings.request_timeout_s:g} s") from error

@@ -287,15 +287,14 @@ def test_a_node_that_does_not_answer_gives_503(served, monkeypatch):
     problem(served.predict(), 503, "no answer within 0.3 s")
 
 
-def test_no_answer_mixes_two_models(served, nodes, tmp_path):
+def test_no_answer_mixes_two_models(served, tmp_path, monkeypatch):
     """While a new model reaches the nodes one after the other, requests wait until all hold the same."""
     other = served_bundle(tmp_path / "other", version="8", onnx_bias=2.0)
     problem_free = served.predict().json()
     served.service.use_model(ServedModel.load(other))
     assert served.client.get("/readyz").status_code == 503
-    served.give_up_after(0.3)
-    problem(served.predict(), 503, "no answer within")
-    served.give_up_after(30)
+    monkeypatch.setattr("serve.prediction_service._ROLLOUT_TIMEOUT_S", 0.2)
+    problem(served.predict(), 503, "new model is being rolled out")
     old = served.service._scorer, served.service._fusion
     served.service._scorer, served.service._fusion = LocalScorer(other), LocalFusion(other)
     try:
