@@ -109,7 +109,7 @@ def _read_csv(path: Path, task: TaskSpec, require_labels: bool) -> pd.DataFrame:
     text = {name: "str" for name in wanted - set(task.numeric_columns)}
     # All columns are read, because only then are rows with too many fields noticed: an unquoted comma shifts the
     # values after it, and usecols or an implicit index would take the shifted ones.
-    options = {"encoding": "utf-8-sig", "low_memory": False, "index_col": False, "float_precision": "round_trip"}
+    options = {"encoding": "utf-8", "low_memory": False, "index_col": False, "float_precision": "round_trip"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
