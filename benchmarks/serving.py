@@ -30,7 +30,7 @@ import numpy as np
 from data_pipelines.hdf5_index import ImageReader, build_index
 from data_pipelines.synthetic_lesions import encode_jpeg, parity_images
 from local.cluster import LocalCluster
-from local.jobs import run_job_on
+from local.jobs import parse_result
 
 NUM_IMAGES = 200
 TILE_PIXELS = 133
@@ -125,9 +125,11 @@ def plain_server(bundle: str) -> Iterator[str]:
 def own_service(bundle: str, flags: list[str]) -> Iterator[str]:
     """The service on a cluster of its own, with an empty home; yields its URL."""
     with tempfile.TemporaryDirectory(prefix="dermray-benchmark-") as home, LocalCluster(Path(home)) as cluster:
-        arguments = ["--bundle", str(Path(bundle).absolute()), "--port", str(cluster.http_port), *flags]
-        environment = cluster.client_environment()
-        yield run_job_on(environment, Path(home), "deploy_service", arguments, "deploy-service", _say)["url"]
+        command = [sys.executable, "-m", "ray_jobs.deploy_service", "--bundle", str(Path(bundle).absolute())]
+        command += ["--port", str(cluster.http_port), *flags]
+        environment = {**os.environ, **cluster.client_environment(), "DERMRAY_HOME": home}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        yield parse_result(done.stdout)["url"]
 
 
 def _say(line: str) -> None:
