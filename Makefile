@@ -46,7 +46,7 @@ test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 min
 	$(call run_pytest,-m 'not slow')
 
 test-all: $(INSTALLED)  ## the slow matrix
-	$(call run_pytest,-m slow)
+	$(call run_pytest,-m 'slow and not demo')
 
 ham10000: $(INSTALLED)  ## train and promote a model of HAM10000 (an hour on two cores)
 	$(BIN)/python -m ray_jobs.prepare_dataset --config configs/ham10000/prepare_dataset.yaml

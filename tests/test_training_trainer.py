@@ -17,7 +17,7 @@ from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,13 @@ def wait_until(condition, what, seconds=240):
 
 def test_a_worker_killed_in_the_second_epoch_resumes_there_and_the_run_ends(ray_connected, version, tmp_path):
     outcome = {}
-    trainer = build_trainer(config(3, 1600), version, 0, str(tmp_path), "killed")
+    trainer = build_trainer(config(3, 2400), version, 0, str(tmp_path), "killed")
     thread = threading.Thread(target=lambda: outcome.update(model=fit(trainer)))
     thread.start()
     cursor = EpochCursor(f"{tmp_path}/killed.epoch")
-    wait_until(lambda: cursor.read() == 1, "second epoch")
+    # The worker reports before it announces, but Train's controller registers a report when it next polls.
+    registered = tmp_path / "killed" / "checkpoint_manager_snapshot.json"
+    wait_until(lambda: cursor.read() == 1 and registered.exists(), "second epoch")
     (pid,) = wait_until(train_worker_pids, "train worker")
     os.kill(pid, signal.SIGKILL)
     thread.join(timeout=240)
