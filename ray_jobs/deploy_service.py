@@ -135,22 +135,37 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
     )
 
 
+def connect(runtime_env: dict[str, Any] | None) -> None:
+    """Connects to the cluster that shall run the service.
+
+    Raises:
+        ValueError: there is none that outlives this process.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        connect_ray()
+    elif os.environ.get("RAY_ADDRESS"):
+        # Without a working directory of its own, a driver's current folder comes first on the path of every worker, and
+        # replicas would run whatever the checkout holds when they start.
+        ray.init(runtime_env=runtime_env, logging_level="warning")
+    else:
+        raise ValueError("no Ray cluster: submit this job, or set RAY_ADDRESS; the service would end with this process")
+
+
 def start_serve(config: DeployServiceConfig) -> None:
     """Starts Serve on this cluster, or checks that it listens where the config says.
 
     Raises:
-        ValueError: no cluster that outlives this process, the port is taken, or Serve listens elsewhere.
+        ValueError: the port is taken, or Serve listens elsewhere.
     """
-    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.context import _get_global_client
     from ray.serve.exceptions import RayServeException
 
-    submitted = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS") or submitted):
-        raise ValueError("no Ray cluster: submit this job, or set RAY_ADDRESS; the service would end with this process")
-    connect_ray()
     try:
         running = _get_global_client().http_config
     except RayServeException:
@@ -232,9 +247,11 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
         raise ValueError(f"store_url: {error}") from error
     ensure_patient_key(Path(config.patient_key_file))
     release = write_release(REPO_ROOT, Path(config.releases))
+    settings = serve_settings(config, release)
+    connect(settings.runtime_env)
     start_serve(config)
     say(f"deploying model version {model.version} from {model.bundle_uri}")
-    application = build_app(serve_settings(config, release), model)
+    application = build_app(settings, model)
     run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
     wait_until_ready(config, model)
     return {

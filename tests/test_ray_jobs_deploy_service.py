@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits, device_key
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
+    connect,
     ensure_patient_key,
     resolve_model,
     run,
     serve_settings,
-    start_serve,
 )
 from serve.release import PACKAGES, write_release
 from tests.bundle_factory import served_bundle
@@ -112,7 +112,7 @@ def test_the_secret_is_made_once_and_for_its_owner_only(tmp_path):
 def test_without_a_cluster_that_outlives_the_job_nothing_is_deployed(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ValueError, match="no Ray cluster"):
-        start_serve(DeployServiceConfig())
+        connect(None)
 
 
 def test_a_release_is_the_same_file_for_the_same_code_and_another_for_other_code(tmp_path):
