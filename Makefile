@@ -43,10 +43,10 @@ define run_pytest
 endef
 
 test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
-	$(call run_pytest,-m 'not slow')
+	$(call run_pytest,-m 'not slow and not pending')
 
-test-all: $(INSTALLED)  ## the slow matrix
-	$(call run_pytest,-m 'slow and not demo')
+test-all: $(INSTALLED)  ## the slow matrix, and the tests on a real cluster once more
+	$(call run_pytest,-m '(slow or ray) and not pending')
 
 ham10000: $(INSTALLED)  ## train and promote a model of HAM10000 (an hour on two cores)
 	$(BIN)/python -m ray_jobs.prepare_dataset --config configs/ham10000/prepare_dataset.yaml
