@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -23,6 +24,8 @@ from modeling.bundle import load_bundle
 from modeling.engine_set import find_engine_set
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
+from serve.image_scorer import ImageScorerLogic
+from serve.metadata_fusion import MetadataFusionLogic
 from serve.release import write_release
 from serve.settings import (
     APP_NAME,
@@ -39,6 +42,7 @@ from serve.settings import (
 from store.database import StoreUnavailableError, open_store
 
 _POLL_S = 0.3
+_EXCEPTION = re.compile(r"^\s*((?:[\w.]+(?:Error|Exception)): .+)$", re.MULTILINE)
 
 
 class DeployServiceConfig(JobConfig):
@@ -97,6 +101,18 @@ def resolve_model(config: DeployServiceConfig) -> ModelReference:
         say("no engine set for this bundle and device (export_engine makes one): ONNX Runtime with one thread")
     engine = None if engine_set is None else engine_set.choice
     return ModelReference(bundle_uri=uri, sha256=bundle.digest, version=version, engine=engine)
+
+
+def load_once(model: ModelReference, scorer: ScorerSettings) -> None:
+    """Loads what the replicas will load, so that a model that does not load never reaches a running service.
+
+    Raises:
+        ValueError: why it does not load.
+    """
+    MetadataFusionLogic(model)
+    # This process need not have the replicas' GPU.
+    if scorer.num_gpus == 0:
+        ImageScorerLogic(model, scorer.max_batch_size)
 
 
 def ensure_patient_key(path: Path) -> None:
@@ -225,13 +241,13 @@ def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None
 
 
 def _reason(application: Any) -> str:
-    parts = [application.message] if application.message else []
-    parts += [
-        f"{name} {deployment.status}: {deployment.message}"
-        for name, deployment in application.deployments.items()
-        if deployment.message
-    ]
-    return " | ".join(" ".join(part.split()) for part in parts) or "no message"
+    """One line from Serve's messages, which hold whole tracebacks."""
+    messages = {name: deployment.message for name, deployment in application.deployments.items() if deployment.message}
+    parts = []
+    for name, message in messages.items() or {APP_NAME: application.message}.items():
+        errors = _EXCEPTION.findall(message)
+        parts.append(f"{name}: {errors[-1] if errors else ' '.join(message.split())[:500] or 'no message'}")
+    return "; ".join(parts)
 
 
 def run(config: DeployServiceConfig) -> dict[str, Any]:
@@ -241,6 +257,7 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     from serve.app import build_app
 
     model = resolve_model(config)
+    load_once(model, config.scorer)
     try:
         open_store(config.store_url).close()
     except StoreUnavailableError as error:

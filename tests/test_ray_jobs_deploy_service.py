@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits, device_key
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
+    _reason,
     connect,
     ensure_patient_key,
     resolve_model,
@@ -67,6 +68,35 @@ def test_the_engine_that_was_chosen_for_this_device_is_served(reference, dermray
     engine_set(reference.sha256, "two", threads=2, passed=False).save(dermray_home / "engine_sets")
     with pytest.raises(ValueError, match="no engine of bundle .* passed"):
         resolve_model(config)
+
+
+def test_a_model_that_does_not_load_is_refused_before_it_reaches_the_service(reference, dermray_home):
+    broken = engine_set(reference.sha256, "x", threads=1)
+    broken.candidates[0].candidate.choice = {"engine": "abacus"}
+    broken.save(dermray_home / "engine_sets")
+    with pytest.raises(ValueError, match="unknown engine 'abacus'"):
+        run(DeployServiceConfig(bundle=reference.bundle_uri))
+    assert not (dermray_home / "releases").exists()
+
+
+def test_a_failed_deployment_is_told_in_one_line():
+    message = """Failed to update the deployments
+Traceback (most recent call last):
+  File "image_scorer.py", line 44, in __init__
+    raise ValueError("unknown")
+ValueError: engine choice: unknown engine 'abacus'; known engines: ['onnxruntime']
+
+The replicas were retried 3 times."""
+
+    class Told:
+        def __init__(self, message, deployments=()):
+            self.message, self.deployments = message, dict(deployments)
+
+    nodes = {"ImageScorer": Told(message), "Ingress": Told("")}
+    assert _reason(Told("longer", nodes)) == (
+        "ImageScorer: ValueError: engine choice: unknown engine 'abacus'; known engines: ['onnxruntime']"
+    )
+    assert _reason(Told("not\nenough CPUs")) == "dermray: not enough CPUs"
 
 
 def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_path):
