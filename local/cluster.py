@@ -158,6 +158,7 @@ class LocalCluster:
         token_path.touch(mode=0o600)
         token_path.write_text(secrets.token_hex(32))
         cluster_id = uuid.uuid4().hex
+        address, dashboard_url = f"127.0.0.1:{block[0]}", f"http://127.0.0.1:{dashboard}"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         for flag, value in {
             "node-ip-address": "127.0.0.1",
@@ -185,7 +186,7 @@ class LocalCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=head_environment(cluster_id, temp_dir, token_path, block),
+                env=head_environment(cluster_id, temp_dir, address, dashboard_url, token_path, block),
                 cwd=temp_dir,
                 start_new_session=True,
             )
@@ -193,8 +194,8 @@ class LocalCluster:
             cluster_id=cluster_id,
             pid=self._child.pid,
             process_started=psutil.Process(self._child.pid).create_time(),
-            address=f"127.0.0.1:{block[0]}",
-            dashboard_url=f"http://127.0.0.1:{dashboard}",
+            address=address,
+            dashboard_url=dashboard_url,
             http_port=http,
             temp_dir=str(temp_dir),
             token_path=str(token_path),

@@ -13,7 +13,9 @@ from local.processes import MARK
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-def head_environment(cluster_id: str, temp_dir: Path, token_path: Path, block: range) -> dict[str, str]:
+def head_environment(
+    cluster_id: str, temp_dir: Path, address: str, dashboard_url: str, token_path: Path, block: range
+) -> dict[str, str]:
     """The environment of `ray start`, which its workers, jobs and replicas inherit."""
     proxy = temp_dir / "proxy"
     proxy.mkdir()
@@ -23,6 +25,10 @@ def head_environment(cluster_id: str, temp_dir: Path, token_path: Path, block: r
         # A submitted `python -m ...` must find this interpreter.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         MARK: cluster_id,
+        # Ray's own workers ask the state API, and look for its address among the host's processes unless told: with two
+        # clusters on the host Train's placement group cleaner fails there, and Tune's next trial waits for ever.
+        "RAY_ADDRESS": address,
+        "RAY_API_SERVER_ADDRESS": dashboard_url,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,6 +44,9 @@ def head_environment(cluster_id: str, temp_dir: Path, token_path: Path, block: r
         # HAProxy binds these two on all interfaces, whatever Serve's host is; they show request counts only.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(block[10]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(block[11]),
+        # Where HAProxy turns while no replica is up; otherwise 8500 and 9500 for every cluster of the host.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(block[14]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(block[15]),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),

@@ -23,7 +23,9 @@ EXCLUDES = [".git", ".venv", "var"]
 POLL_S = 0.5
 # The job API gives a log only as a whole; following a long one every half second took 7 % of a core.
 LOG_EVERY_S = 2.0
-_PROGRESS = re.compile(r"\[\d\d:\d\d:\d\d\] ")
+# A job's own progress lines, and those of its train workers, which Ray prefixes and colours.
+_PROGRESS = re.compile(r"(?:\[\d\d:\d\d:\d\d\] .*)|(?:\(RayTrainWorker[^)]*\) )(\S+: epoch \d.*)")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _ERROR = re.compile(r"[a-z_]+: error: ")
 
 
@@ -56,6 +58,12 @@ def failure_reason(log: str, message: str | None) -> str:
             return line
     last_of_message = (message or "").strip().splitlines()[-1:] or ["no reason given"]
     return lines[-1] if lines else last_of_message[0]
+
+
+def progress_of(line: str) -> str | None:
+    """What to show of a line of a job's log; None for the many lines that Ray and other libraries write."""
+    match = _PROGRESS.fullmatch(_COLOUR.sub("", line).rstrip())
+    return None if match is None else match[1] or match[0]
 
 
 def job_command(verb: str, arguments: list[str]) -> list[str]:
@@ -119,8 +127,8 @@ def follow(
             log = client.get_job_logs(submission_id) or ""
             lines = log.splitlines() if ended else log.splitlines()[:-1]
             for line in lines[shown:]:
-                if _PROGRESS.match(line):
-                    show(line)
+                if (progress := progress_of(line)) is not None:
+                    show(progress)
             shown = max(shown, len(lines))
             log_file.write_text(log)
         if ended:

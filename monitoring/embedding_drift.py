@@ -42,6 +42,8 @@ def embedding_drift(
     the AUC between the halves shows how far chance goes. It is scaled from the halves' numbers of patients to the real
     ones (the spread falls with the square root), and read off a normal distribution at `false_alarm_rate`.
     """
+    # Imported first: a limit reaches only the thread pools that are loaded.
+    import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(seed)

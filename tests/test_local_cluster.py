@@ -102,6 +102,18 @@ def test_jobs_need_the_token_and_every_port_is_on_loopback(ray_cluster):
     assert {ip for _, ip in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
+# In a worker, as Train's and Tune's actors do it: with two clusters on the host it has to know which is its own.
+ASK_THE_STATE_API = """
+import ray
+ray.init()
+@ray.remote
+def count():
+    from ray.util.state import list_nodes
+    return len(list_nodes())
+print("nodes:", ray.get(count.remote()))
+"""
+
+
 @pytest.mark.ray
 def test_a_second_cluster_runs_beside_the_first_and_ends_alone(ray_cluster, tmp_path):
     before = {process.pid for process in processes.marked_processes(ray_cluster.state.cluster_id)}
@@ -112,7 +124,9 @@ def test_a_second_cluster_runs_beside_the_first_and_ends_alone(ray_cluster, tmp_
             LocalCluster(tmp_path).start()
         loaded = LocalCluster.load(tmp_path)
         assert loaded is not None and loaded.is_running()
-        assert processes.marked_processes(state.cluster_id)
+        environment = second.client_environment()
+        submit([sys.executable, "-c", ASK_THE_STATE_API], "state", environment, tmp_path)
+        assert "nodes: 1" in follow("state", environment, tmp_path / "state.log", print, timeout_s=120.0)
     assert processes.marked_processes(state.cluster_id) == []
     assert not Path(state.temp_dir).exists()
     assert LocalCluster.load(tmp_path) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from local.jobs import JobFailedError, failure_reason, parse_result
+from local.jobs import JobFailedError, failure_reason, parse_result, progress_of
 
 
 def test_the_result_is_the_last_json_line_of_a_verb():
@@ -27,3 +27,11 @@ def test_the_reason_is_the_job_s_own_error_line_not_what_ray_printed_after_it():
 def test_without_an_error_line_the_reason_is_the_traceback_s_last_line():
     assert failure_reason("Traceback:\n  File x\nKeyError: 'a'\n\n", None) == "KeyError: 'a'"
     assert failure_reason("", "runtime_env setup failed\nno such package") == "no such package"
+
+
+def test_progress_is_what_the_job_and_its_train_workers_say_not_what_ray_says():
+    assert progress_of("[12:00:00] fold 1/3") == "[12:00:00] fold 1/3"
+    worker = "\x1b[36m(RayTrainWorker pid=4949, ip=127.0.0.1)\x1b[0m refit: epoch 3/3 step 8/24 loss 0.6 35 images/s"
+    assert progress_of(worker) == "refit: epoch 3/3 step 8/24 loss 0.6 35 images/s"
+    assert progress_of("\x1b[36m(RayTrainWorker pid=4949)\x1b[0m Moving model to device: cpu") is None
+    assert progress_of("(raylet) 8 workers have been started") is None
