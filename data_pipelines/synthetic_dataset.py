@@ -154,7 +154,7 @@ class _Shown:
             angle_deg=float(rng.uniform(0.0, 180.0)),
             irregularity=float(np.clip(0.35 + 0.22 * (latents.border[row] + apparent), 0.0, 1.0)),
             variegation=float(np.clip(0.35 + 0.22 * (latents.colour[row] + apparent), 0.0, 1.0)),
-            veil=float(np.clip(0.28 + 0.36 * latents.veil[row], 0.0, 1.0)),
+            veil=float(np.clip(0.5 * latents.veil[row] - 0.1, 0.0, 1.0)),
             skin_lab=(value["skin_l"], value["skin_a"], value["skin_b"]),
             lesion_lab=(value["skin_l"] - min(max(-value["contrast"], 4.0), 30.0), value["a"], value["b"]),
             num_hairs=int(rng.poisson(2.5)),

@@ -16,8 +16,8 @@ FIELD_OF_VIEW_MM = 12.0
 MIN_SIZE, MAX_SIZE = 61, 239
 _CONTOUR_STEPS = 512
 # Lightness, red-green and yellow-blue of the blobs that make a lesion variegated: dark brown, black, tan, red.
-_BLOB_LAB = np.array([[-13, 1, -3], [-20, -3, -9], [9, 1, 5], [2, 11, 1]], np.float32)
-_VEIL_LAB = np.array([-3.0, -10.0, -21.0], np.float32)
+_BLOB_LAB = np.array([[-13, 1, -3], [-22, 2, -2], [9, 1, 5], [2, 11, 1]], np.float32)
+_VEIL_LAB = np.array([2.0, -14.0, -32.0], np.float32)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _paint_lesion(lab: np.ndarray, latents: LesionAppearance, rng: np.random.Gen
             plane += value * blob
     if latents.veil > 0.01:
         offset = rng.uniform(-0.3, 0.3, 2) * short_radius
-        veil = np.float32(latents.veil) * _spot(x, y, x0 + offset[0], y0 + offset[1], 0.75 * short_radius)
+        veil = np.float32(latents.veil) * _spot(x, y, x0 + offset[0], y0 + offset[1], 0.9 * short_radius)
         for plane, value in zip(change, _VEIL_LAB, strict=True):
             plane += value * veil
     for plane, delta in zip(lab, change, strict=True):
