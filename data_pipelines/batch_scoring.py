@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import ray.data
 
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.image_dataset import read_images, task_cpus
@@ -81,7 +82,7 @@ def score_images(
         EngineScorer,
         fn_constructor_args=(onnx_path, threads, with_embedding, projection),
         batch_size=batch_size,
-        concurrency=num_scorers,
+        compute=ray.data.ActorPoolStrategy(size=num_scorers),
         num_cpus=task_cpus(),
     )
     order: list[np.ndarray] = []

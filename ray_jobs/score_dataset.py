@@ -12,8 +12,8 @@ from pydantic import Field
 
 from data_pipelines.table_scoring import score_table
 from modeling.bundle import Bundle, load_bundle
-from modeling.registry import Registry
-from ray_jobs.job import JobConfig, Location, connect_ray, resolve_location, run_job, say
+from modeling.registry import find_model
+from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 
 
 class ScoreDatasetConfig(JobConfig):
@@ -34,12 +34,9 @@ def open_model(reference: str, tracking_uri: str, model_name: str, artifact_root
     Raises:
         ValueError: neither a bundle's folder nor a registered model.
     """
-    if "/" in reference or Path(reference).exists():
-        location = reference if Path(reference).exists() else resolve_location(reference)
-        bundle = load_bundle(str(Path(location).resolve()) if "://" not in location else location)
-        return bundle, bundle.manifest.name
-    version = Registry(tracking_uri, model_name, artifact_root).resolve(reference)
-    return load_bundle(version.uri, version.digest), f"{model_name} version {version.version}"
+    found = find_model(reference, tracking_uri, model_name, artifact_root)
+    bundle = load_bundle(found.uri, found.digest)
+    return bundle, f"{model_name} version {found.version}" if found.version else bundle.manifest.name
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:

@@ -18,7 +18,7 @@ from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
 from training.config import TrainingConfig
 from training.evaluation_plots import plot_evaluation
-from training.image_models import RunFolder, train_folds, train_refit
+from training.image_models import RunFolder, train_image_models
 from training.model_building import BuildConfig, build_bundle
 
 
@@ -26,6 +26,7 @@ class TrainModelConfig(JobConfig):
     dataset: Location = Field(description="a prepared data set's folder, or one of its versions")
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     build: BuildConfig = Field(default_factory=BuildConfig)
+    max_concurrent: int = Field(1, ge=1, le=64, description="networks (of folds, and the refit) trained at a time")
     run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="name it to resume it")
     runs: Location = "runs"
     bundles: Location = "bundles"
@@ -85,8 +86,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     connect_ray()
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = RunFolder(Path(config.runs) / run_name, config.training, version)
-    out_of_fold, fold_metrics = train_folds(config.training, version, folder, say)
-    refit = train_refit(config.training, version, folder, say)
+    out_of_fold, fold_metrics, refit = train_image_models(config.training, version, folder, config.max_concurrent, say)
 
     directory = Path(config.bundles) / run_name
     if directory.exists():

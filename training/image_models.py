@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +45,53 @@ class RunFolder:
         return model
 
 
-def train_folds(
-    config: TrainingConfig, version: DatasetVersion, folder: RunFolder, say: Callable[[str], None]
-) -> tuple[np.ndarray, list[dict]]:
-    """Out-of-fold log-probabilities float64 (N, K) of all training rows in table order, and each fold's metrics."""
+def train_image_models(
+    config: TrainingConfig,
+    version: DatasetVersion,
+    folder: RunFolder,
+    max_concurrent: int,
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, list[dict], TrainedImageModel]:
+    """Trains one network per fold and the refit on all folds, `max_concurrent` at a time.
+
+    When one fails, those in training are finished and kept before the error is raised; the others are not begun.
+
+    Returns:
+        Out-of-fold log-probabilities float64 (N, K) of all training rows in table order, each fold's metrics, and the
+        refit, which is the network that is served.
+    """
+    # The refit has the most rows; begun last it would end alone, long after the others.
+    folds: list[int | None] = [None, *version.training_folds]
+    if max_concurrent == 1:
+        models = [_train(config, version, folder, fold, say) for fold in folds]
+    else:
+        with ThreadPoolExecutor(max_concurrent) as pool:
+            started = [pool.submit(_train, config, version, folder, fold, say) for fold in folds]
+            try:
+                for future in as_completed(started):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+            models = [future.result() for future in started]
+    refit, *fold_models = models
+    return *_out_of_fold(version, fold_models), refit
+
+
+def _train(
+    config: TrainingConfig, version: DatasetVersion, folder: RunFolder, fold: int | None, say: Callable[[str], None]
+) -> TrainedImageModel:
+    name = "refit" if fold is None else f"fold_{fold}"
+    say("refit: training on all folds" if fold is None else f"{name}: training on the other folds")
+    return folder.train(name, lambda: fit(build_trainer(config, version, fold, str(folder.path), name)))
+
+
+def _out_of_fold(version: DatasetVersion, models: list[TrainedImageModel]) -> tuple[np.ndarray, list[dict]]:
     positions = version.training_positions
     folds = version.lesions["fold"].to_numpy()[positions]
     scores = np.full((len(positions), version.task.num_classes), np.nan)
     metrics = []
-    for fold in version.training_folds:
-        say(f"fold {fold + 1}/{version.num_folds}: training on the other folds")
-        name = f"fold_{fold}"
-        model = folder.train(name, lambda f=fold, n=name: fit(build_trainer(config, version, f, str(folder.path), n)))
+    for fold, model in zip(version.training_folds, models, strict=True):
         rows, log_probabilities = model.predictions(version.task)
         members = np.flatnonzero(folds == fold)
         assert len(rows) == len(members), f"fold {fold}: {len(rows)} predictions for {len(members)} rows"
@@ -63,11 +99,3 @@ def train_folds(
         metrics.append({"fold": fold, **model.metrics})
     assert np.isfinite(scores).all(), "a training row has no out-of-fold score"
     return scores, metrics
-
-
-def train_refit(
-    config: TrainingConfig, version: DatasetVersion, folder: RunFolder, say: Callable[[str], None]
-) -> TrainedImageModel:
-    """The served network, trained on all folds."""
-    say("refit: training on all folds")
-    return folder.train("refit", lambda: fit(build_trainer(config, version, None, str(folder.path), "refit")))

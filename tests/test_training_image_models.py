@@ -1,0 +1,97 @@
+"""Folds and refit of one run: every row scored by the network that did not see it, alone or two at a time."""
+
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_pipelines.image_dataset import DatasetVersion
+from modeling.schema import TaskSpec
+from training import image_models
+from training.config import TrainingConfig
+from training.image_models import RunFolder, train_image_models
+from training.trainer import TrainedImageModel
+
+NUM_FOLDS = 3
+
+
+@pytest.fixture
+def version(tmp_path):
+    task = TaskSpec(
+        name="spots",
+        fold_group="patient_id",
+        label_column="target",
+        classes=["benign", "malignant"],
+        malignant=["malignant"],
+    )
+    folds = [0, 2, -1, 1, 1, 0, -1, 2, 2, 0, 1]
+    lesions = pd.DataFrame({"id": [f"I{row}" for row in range(len(folds))], "fold": folds, "label": 0})
+    return DatasetVersion(tmp_path, task, "digest", "images.hdf5", lesions, NUM_FOLDS)
+
+
+class Trainings:
+    """Stands for Ray Train: "trains" a network whose score of a row names the row and the fold it was held out in."""
+
+    def __init__(self, monkeypatch, folder, version, together, failing=None):
+        self.folder, self.version, self.failing = folder, version, failing
+        self.begun, self.running, self.most = [], 0, 0
+        self.lock = threading.Lock()
+        # The first `together` trainings end only after all of them have begun.
+        self.first = threading.Barrier(together)
+        monkeypatch.setattr(image_models, "build_trainer", lambda config, version, fold, path, name: (name, fold))
+        monkeypatch.setattr(image_models, "fit", self.fit)
+
+    def fit(self, trainer):
+        name, fold = trainer
+        with self.lock:
+            number = len(self.begun)
+            self.begun.append(name)
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            if number < self.first.parties:
+                self.first.wait(timeout=30)
+            if name == self.failing:
+                raise RuntimeError(f"{name} diverged")
+            checkpoint = self.folder / f"checkpoint_{name}"
+            checkpoint.mkdir()
+            if fold is not None:
+                positions = self.version.positions([fold])
+                score = (10.0 * positions + fold)[::-1]
+                rows = np.arange(len(positions))[::-1]
+                table = pd.DataFrame({"row": rows, "label": 0, "lp_benign": score, "lp_malignant": -score})
+                table.to_parquet(checkpoint / "predictions_0.parquet")
+            return TrainedImageModel(checkpoint, {"auc": 0.5 if fold is None else fold / 10})
+        finally:
+            with self.lock:
+                self.running -= 1
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 2])
+def test_every_row_has_the_score_of_the_network_that_did_not_see_it(tmp_path, monkeypatch, version, max_concurrent):
+    trainings = Trainings(monkeypatch, tmp_path, version, max_concurrent)
+    folder = RunFolder(tmp_path / "run", TrainingConfig(), version)
+    scores, metrics, refit = train_image_models(TrainingConfig(), version, folder, max_concurrent, lambda line: None)
+    positions = version.training_positions
+    expected = 10.0 * positions + version.lesions["fold"].to_numpy()[positions]
+    assert np.array_equal(scores, np.stack([expected, -expected], axis=1))
+    assert [(row["fold"], row["auc"]) for row in metrics] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert refit.checkpoint.name == "checkpoint_refit"
+    assert trainings.most == max_concurrent
+    assert sorted(trainings.begun) == ["fold_0", "fold_1", "fold_2", "refit"]
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 2])
+def test_what_was_trained_before_a_failure_is_not_trained_again(tmp_path, monkeypatch, version, max_concurrent):
+    first = Trainings(monkeypatch, tmp_path, version, max_concurrent, failing="fold_0")
+    folder = RunFolder(tmp_path / "run", TrainingConfig(), version)
+    with pytest.raises(RuntimeError, match="fold_0 diverged"):
+        train_image_models(TrainingConfig(), version, folder, max_concurrent, lambda line: None)
+    kept = {file.stem for file in (tmp_path / "run").glob("*.json")} - {"run"}
+    assert kept == set(first.begun) - {"fold_0"} and "refit" in kept
+
+    second = Trainings(monkeypatch, tmp_path, version, 1)
+    scores, _, _ = train_image_models(TrainingConfig(), version, folder, 1, lambda line: None)
+    assert np.isfinite(scores).all()
+    assert set(second.begun) == {"refit", "fold_0", "fold_1", "fold_2"} - kept
