@@ -32,7 +32,7 @@ from local.traffic import metadata_fields, read_lesions, send_day
 MARKER = "DEMO"
 CONFIGS = "configs/demo"
 # A day's lesions come from the same population as the training sample (configs/demo/make_sample.yaml), other patients.
-DAY_PATIENTS, DAY_LESIONS, DAY_PREVALENCE = 40, 11.0, 0.1
+DAY_PATIENTS, DAY_LESIONS, DAY_PREVALENCE = 40, 11.0, 0.12
 DAYS = {"ordinary": "none", "shifted": "camera"}
 
 
