@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 GATE_FOLD = -1
 # The greedy assignment can leave a rare class out of a fold; another shuffle usually finds a place for it.
@@ -43,6 +42,9 @@ def assign_folds(
         ValueError: a class of `classes` that occurs in fewer groups outside the gate split than there are folds, or
             that cannot be spread over all folds.
     """
+    # Takes a second to import, which every process of a training run would pay for the constant above.
+    from sklearn.model_selection import StratifiedGroupKFold
+
     gate = gate_members(groups, gate_fraction)
     rest = np.flatnonzero(~gate)
     for index, name in enumerate(classes):

@@ -96,7 +96,6 @@ def test_a_failing_stage_stops_with_its_name_and_reason_and_the_table_shows_what
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 @pytest.mark.timeout(1200)
 def test_the_whole_demo(tmp_path):
     home = tmp_path / "demo"

@@ -17,7 +17,7 @@ from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
 
-pytestmark = [pytest.mark.ray, pytest.mark.pending, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def wait_until(condition, what, seconds=240):
     return value
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_second_epoch_resumes_there_and_the_run_ends(ray_connected, version, tmp_path):
     outcome = {}
     trainer = build_trainer(config(3, 2400), version, 0, str(tmp_path), "killed")
