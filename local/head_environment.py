@@ -32,7 +32,7 @@ def head_environment(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Nobody takes a laptop away with a notice; the watcher is one process more for every network that trains.
+        # A single host gets no notice of preemption, and the watcher is one process more for every network that trains.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # Progress lines of two networks in training look alike to Ray, which would show one and count the others.
         "RAY_DEDUP_LOGS": "0",

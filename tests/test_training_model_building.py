@@ -51,7 +51,7 @@ def version(tmp_path, task):
 
 @pytest.fixture
 def without_images(monkeypatch, version):
-    """Stands for the network and the pictures: the score depends on the row's number in `version`, never on a label."""
+    """Stands for the network and the pictures: the scores are drawn once, from the unflipped labels, and stay."""
     rng = np.random.default_rng(5)
     logit = 1.5 * (version.lesions["label"].to_numpy() - 0.5) + rng.normal(size=len(version.lesions))
     number = {name: row for row, name in enumerate(version.lesions["id"])}

@@ -63,6 +63,7 @@ def train_image_models(
     # The refit has the most rows; begun last it would end alone, long after the others.
     folds: list[int | None] = [None, *version.training_folds]
     if max_concurrent == 1:
+        # In the main thread, where Ray Train ends a run cleanly on Ctrl-C.
         models = [_train(config, version, folder, fold, say) for fold in folds]
     else:
         with ThreadPoolExecutor(max_concurrent) as pool:
