@@ -1,6 +1,7 @@
 """Rows/s of the Ray Data pipeline beside plain torch DataLoaders and an inline loop, on the same pictures and recipe.
 
-    python -m benchmarks.data_streaming --images FILE.hdf5 [--rows 20000] [--rounds 3] [--size 128]
+    python -m benchmarks.large_sample --out DIR            # 401,059 rows; and --rows 20000 --out DIR20K
+    python -m benchmarks.data_streaming --images DIR/train-image.hdf5 --small DIR20K/train-image.hdf5
 
 Every variant delivers shuffled uint8 batches of 128 with labels; the time counts from asking for the first batch to
 having the last, worker start-up included. Rounds alternate; the medians are the result, printed as one JSON line last.
@@ -18,15 +19,19 @@ from collections.abc import Callable, Iterator
 import h5py
 import numpy as np
 
+from benchmarks.process_memory import PeakMemory
+from benchmarks.train_workers import rows_per_second
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
-from data_pipelines.hdf5_index import ImageReader, build_index
+from data_pipelines.hdf5_index import build_index
 from data_pipelines.image_dataset import read_images
+from data_pipelines.image_reader import ImageReader
 from modeling.preprocessing import load_image
 from ray_jobs.job import connect_ray
 
 BATCH = 128
 LOADER_WORKERS = 2
+WARM_UP_ROWS = 8192
 
 
 class TileDataset:
@@ -81,43 +86,101 @@ def inline(path: str, rows: ImageRows, size: int, recipe: str, seed: int) -> Ite
         yield len(part)
 
 
-def rate(batches: Iterator[int]) -> float:
+VARIANTS: dict[str, Callable[..., Iterator[int]]] = {
+    "ray_data": through_ray_data,
+    "dataloader_h5py": lambda *settings: through_loader(*settings, by_range=False),
+    "dataloader_pread": lambda *settings: through_loader(*settings, by_range=True),
+    "inline": inline,
+}
+
+
+def measure(batches: Iterator[int]) -> tuple[float, float]:
+    """Rows/s over all batches, and seconds to the first one."""
     started = time.monotonic()
-    return sum(batches) / (time.monotonic() - started)
+    rows = next(batches)
+    first = time.monotonic() - started
+    rows += sum(batches)
+    return rows / (time.monotonic() - started), first
+
+
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
+
+
+def compare(recipe: str, path: str, rows: ImageRows, size: int, rounds: int) -> dict[str, float]:
+    """One recipe's medians: <variant>_rows_s and <variant>_first_batch_s, warm and, of the very first use, cold."""
+    result: dict[str, float] = {}
+    few = rows.take(np.arange(min(WARM_UP_ROWS, len(rows))))
+    for name, variant in VARIANTS.items():
+        result[f"{name}_first_batch_cold_s"] = round(measure(variant(path, few, size, recipe, 0))[1], 2)
+    rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    firsts: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for round_number in range(rounds):
+        for name, variant in VARIANTS.items():
+            rate, first = measure(variant(path, rows, size, recipe, round_number))
+            rates[name].append(rate)
+            firsts[name].append(first)
+            say(f"{recipe} round {round_number + 1} {name}: {rate:.0f} rows/s, first batch after {first:.1f} s")
+    for name in VARIANTS:
+        result[f"{name}_rows_s"] = round(statistics.median(rates[name]), 1)
+        result[f"{name}_first_batch_s"] = round(statistics.median(firsts[name]), 2)
+    for peer in ("dataloader_h5py", "dataloader_pread"):
+        result[f"ratio_to_{peer}"] = round(result["ray_data_rows_s"] / result[f"{peer}_rows_s"], 3)
+    return result
+
+
+def compare_workers(path: str, rows: ImageRows, size: int, rounds: int) -> dict[str, float]:
+    """Rows/s that one and two train workers take together from the same pipeline, light recipe."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for round_number in range(rounds):
+        for count in rates:
+            rates[count].append(rows_per_second(path, rows, size, count, round_number))
+            say(f"round {round_number + 1}, {count} train workers: {rates[count][-1]:.0f} rows/s")
+    one, two = (statistics.median(values) for values in rates.values())
+    return {"one_rows_s": round(one, 1), "two_rows_s": round(two, 1), "ratio": round(two / one, 3)}
+
+
+def peak_memory(path: str, rows: ImageRows, size: int) -> float:
+    """Peak of all processes and the object store while every row streams once, in 10**6 bytes."""
+    with PeakMemory() as memory:
+        rate, _ = measure(through_ray_data(path, rows, size, "light", 0))
+    say(f"{len(rows)} rows once: {rate:.0f} rows/s, peak {memory.peak_mb:.0f} MB")
+    return round(memory.peak_mb, 1)
+
+
+def indexed(path: str) -> tuple[ImageRows, float]:
+    """All rows of a file, and the seconds that its index took."""
+    started = time.monotonic()
+    index = build_index(path)
+    seconds = time.monotonic() - started
+    return ImageRows(index.ids, index.offset, index.size, np.zeros(len(index.ids), np.int64)), seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="ISIC-layout HDF5 file")
-    parser.add_argument("--rows", type=int, default=20_000, help="rows a round; a smaller file is read repeatedly")
+    parser.add_argument("--small", help="a smaller one, to compare peak memory with")
+    parser.add_argument("--rows", type=int, default=100_000, help="rows a round; a smaller file is read repeatedly")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--parts", default="memory,workers,light,full", help="what to measure")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
 
-    started = time.monotonic()
-    index = build_index(arguments.images)
-    index_seconds = time.monotonic() - started
-    positions = np.arange(arguments.rows) % len(index.ids)
-    rows = ImageRows(index.ids, index.offset, index.size, np.zeros(len(index.ids), np.int64)).take(positions)
+    everything, index_seconds = indexed(arguments.images)
+    rows = everything.take(np.arange(arguments.rows) % len(everything))
     connect_ray()
     result: dict[str, object] = {"rows": arguments.rows, "rounds": arguments.rounds, "size": arguments.size}
+    result[f"index_s_{len(everything) // 1000}k"] = round(index_seconds, 2)
+    if "memory" in parts and arguments.small:
+        for path in (arguments.small, arguments.images):
+            of_file, _ = indexed(path)
+            result[f"peak_memory_mb_{len(of_file) // 1000}k"] = peak_memory(path, of_file, arguments.size)
+    if "workers" in parts:
+        result["train_workers"] = compare_workers(arguments.images, rows, arguments.size, arguments.rounds)
     for recipe in ("light", "full"):
-        common = (arguments.images, rows, arguments.size, recipe)
-        variants: dict[str, Callable[[int], Iterator[int]]] = {
-            "ray_data_rows_s": lambda seed, c=common: through_ray_data(*c, seed),
-            "dataloader_h5py_rows_s": lambda seed, c=common: through_loader(*c, seed, by_range=False),
-            "dataloader_pread_rows_s": lambda seed, c=common: through_loader(*c, seed, by_range=True),
-            "inline_rows_s": lambda seed, c=common: inline(*c, seed),
-        }
-        measured: dict[str, list[float]] = {name: [] for name in variants}
-        for round_number in range(arguments.rounds):
-            for name, variant in variants.items():
-                measured[name].append(rate(variant(round_number)))
-                print(
-                    f"{recipe} round {round_number + 1} {name}: {measured[name][-1]:.0f}", file=sys.stderr, flush=True
-                )
-        result[recipe] = {name: round(statistics.median(values), 1) for name, values in measured.items()}
-    result[f"index_s_{len(index.ids)}"] = round(index_seconds, 2)
+        if recipe in parts:
+            result[recipe] = compare(recipe, arguments.images, rows, arguments.size, arguments.rounds)
     print(json.dumps(result))
 
 

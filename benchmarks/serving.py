@@ -27,7 +27,8 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
-from data_pipelines.hdf5_index import ImageReader, build_index
+from data_pipelines.hdf5_index import build_index
+from data_pipelines.image_reader import ImageReader
 from data_pipelines.synthetic_lesions import encode_jpeg, parity_images
 from local.cluster import LocalCluster
 from local.jobs import parse_result

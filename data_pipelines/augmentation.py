@@ -1,9 +1,14 @@
-"""Training-time augmentation: one recipe, run inside the read task on uint8 pictures of the network's input size."""
+"""Training-time augmentation: one recipe on uint8 pictures of the network's input size.
+
+It runs where it is cheapest: inside the read task (albumentations), or on the train worker's device
+(training.device_augmentation).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,12 +17,67 @@ from pydantic import BaseModel, ConfigDict, Field
 
 class AugmentationConfig(BaseModel):
     """`light`: flips, transpose, brightness. `full` adds the ISIC 2024 recipe: colour, blur or noise, distortion,
-    shift-scale-rotate and one coarse dropout. `strength` scales the magnitudes."""
+    shift-scale-rotate and one coarse dropout. `strength` scales the magnitudes. `place`: in the read task on a CPU, or
+    on the train worker's device, to which the pictures are shipped as uint8."""
 
     model_config = ConfigDict(extra="forbid")
 
     recipe: Literal["none", "light", "full"] = "full"
     strength: float = Field(1.0, ge=0.0, le=3.0)
+    place: Literal["read_task", "device"] = "read_task"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What both implementations draw from: ranges are symmetric unless they say otherwise, `*_p` are probabilities.
+
+    Attributes:
+        brightness, contrast: added share of full scale, relative gain.
+        blur_sigma: of a Gaussian, in pixels, from-to; noise_std: share of full scale, from-to; one of the two.
+        distortion: of the optical (radial) or the grid distortion, one of the two; grid_steps: cells a side.
+        hue, saturation, value: in OpenCV's 8-bit HSV units (hue 0-180).
+        shift, scale: shares of the side; rotate: degrees.
+        hole: side of the square that is dropped, in pixels.
+    """
+
+    brightness: float
+    contrast: float
+    hole: int
+    noise_std: tuple[float, float]
+    distortion: float
+    hue: float
+    saturation: float
+    value: float
+    shift: float
+    scale: float
+    rotate: float
+    brightness_p: float = 0.75
+    blur_sigma: tuple[float, float] = (0.5, 3.0)
+    blur_sizes: tuple[int, int] = (3, 5)
+    blur_or_noise_p: float = 0.4
+    distortion_p: float = 0.3
+    grid_steps: int = 5
+    colour_p: float = 0.5
+    affine_p: float = 0.8
+    hole_p: float = 0.5
+
+
+def recipe_of(config: AugmentationConfig, input_size: int) -> Recipe:
+    """The magnitudes of a config at one picture size."""
+    strength = config.strength
+    return Recipe(
+        brightness=min(0.2 * strength, 0.9),
+        contrast=min(0.2 * strength, 0.9),
+        hole=max(2, int(input_size * 0.25 * min(strength, 2.0))),
+        noise_std=(0.01, 0.05 * max(strength, 0.3)),
+        distortion=min(0.3 * strength, 0.9),
+        hue=10 * strength,
+        saturation=20 * strength,
+        value=10 * strength,
+        shift=0.1 * strength,
+        scale=0.1 * strength,
+        rotate=15 * strength,
+    )
 
 
 def build_augmentation(
@@ -31,40 +91,49 @@ def build_augmentation(
     import albumentations as A
     import cv2
 
-    strength = config.strength
-    geometric = [A.D4(p=1.0)]
+    recipe = recipe_of(config, input_size)
     brightness = A.RandomBrightnessContrast(
-        brightness_limit=min(0.2 * strength, 0.9), contrast_limit=min(0.2 * strength, 0.9), p=0.75
+        brightness_limit=recipe.brightness, contrast_limit=recipe.contrast, p=recipe.brightness_p
     )
-    if config.recipe == "light":
-        steps = [*geometric, brightness]
-    else:
-        hole = max(2, int(input_size * 0.25 * min(strength, 2.0)))
-        steps = [
-            *geometric,
-            brightness,
+    steps = [A.D4(p=1.0), brightness]
+    if config.recipe == "full":
+        steps += [
             A.OneOf(
-                [A.GaussianBlur(blur_limit=(3, 5)), A.GaussNoise(std_range=(0.01, 0.05 * max(strength, 0.3)))], p=0.4
+                [
+                    A.GaussianBlur(blur_limit=recipe.blur_sizes, sigma_limit=recipe.blur_sigma),
+                    A.GaussNoise(std_range=recipe.noise_std),
+                ],
+                p=recipe.blur_or_noise_p,
             ),
             A.OneOf(
                 [
-                    A.OpticalDistortion(distort_limit=min(0.3 * strength, 0.9)),
-                    A.GridDistortion(num_steps=5, distort_limit=min(0.3 * strength, 0.9)),
+                    A.OpticalDistortion(distort_limit=recipe.distortion, border_mode=cv2.BORDER_REFLECT_101),
+                    A.GridDistortion(
+                        num_steps=recipe.grid_steps,
+                        distort_limit=recipe.distortion,
+                        border_mode=cv2.BORDER_REFLECT_101,
+                    ),
                 ],
-                p=0.3,
+                p=recipe.distortion_p,
             ),
             A.HueSaturationValue(
-                hue_shift_limit=10 * strength, sat_shift_limit=20 * strength, val_shift_limit=10 * strength, p=0.5
+                hue_shift_limit=recipe.hue,
+                sat_shift_limit=recipe.saturation,
+                val_shift_limit=recipe.value,
+                p=recipe.colour_p,
             ),
             A.Affine(
-                translate_percent=(-0.1 * strength, 0.1 * strength),
-                scale=(1 - 0.1 * strength, 1 + 0.1 * strength),
-                rotate=(-15 * strength, 15 * strength),
+                translate_percent=(-recipe.shift, recipe.shift),
+                scale=(1 - recipe.scale, 1 + recipe.scale),
+                rotate=(-recipe.rotate, recipe.rotate),
                 border_mode=cv2.BORDER_REFLECT_101,
-                p=0.8,
+                p=recipe.affine_p,
             ),
             A.CoarseDropout(
-                num_holes_range=(1, 1), hole_height_range=(hole, hole), hole_width_range=(hole, hole), p=0.5
+                num_holes_range=(1, 1),
+                hole_height_range=(recipe.hole, recipe.hole),
+                hole_width_range=(recipe.hole, recipe.hole),
+                p=recipe.hole_p,
             ),
         ]
     pipeline = A.Compose(steps, seed=seed)

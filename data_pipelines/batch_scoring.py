@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,20 +13,21 @@ from data_pipelines.image_dataset import read_images, task_cpus
 from modeling.engines import OnnxRuntimeEngine
 
 QUALITY_COLUMNS = ("brightness", "contrast", "blur", "red", "green", "blue")
-PROGRESS_SECONDS = 5.0
 
 
 @dataclass
 class ScoredImages:
-    """Results in the order of the rows asked for; rows in `errors` hold NaN.
+    """Results of some rows; those in `errors` hold NaN.
 
     Attributes:
+        row: int64 (N,), positions in the rows asked for.
         log_probabilities: float64 (N, K), log-softmax of the logits.
         embedding: float32 (N, D), or (N, P) with a projection; None unless asked for.
         quality: column name -> float64 (N,), empty unless asked for.
-        errors: position -> reason for pictures that could not be read or decoded.
+        errors: position in these arrays -> reason, for pictures that could not be read or decoded.
     """
 
+    row: np.ndarray
     log_probabilities: np.ndarray
     embedding: np.ndarray | None = None
     quality: dict[str, np.ndarray] = field(default_factory=dict)
@@ -55,57 +55,68 @@ class EngineScorer:
         return batch
 
 
-def score_images(
-    images_path: str,
-    rows: ImageRows,
-    onnx_path: str,
-    input_size: int,
-    *,
-    with_embedding: bool = False,
-    projection: tuple[np.ndarray, np.ndarray] | None = None,
-    with_quality: bool = False,
-    num_scorers: int = 1,
-    threads: int = 1,
-    batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> ScoredImages:
-    """Scores `rows` of an HDF5 file with an exported network.
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How pictures are scored.
 
-    Args:
-        on_progress: called with (rows done, rows in total) every few seconds.
+    Attributes:
+        with_embedding: keep the embedding, projected when `projection` (matrix, mean) is given.
+        with_quality: measure brightness, contrast, blur and colour as well.
+        num_scorers: engine actors; threads: of each; batch_size: pictures an engine takes at once.
+    """
+
+    with_embedding: bool = False
+    projection: tuple[np.ndarray, np.ndarray] | None = None
+    with_quality: bool = False
+    num_scorers: int = 1
+    threads: int = 1
+    batch_size: int = 64
+
+
+def stream_scores(
+    images_path: str, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
+) -> Iterator[ScoredImages]:
+    """Scores `rows` of an HDF5 file with an exported network and yields them batch by batch, in the file's order, so
+    that memory does not grow with their number. `ScoredImages.row` says which rows a batch holds.
 
     Raises:
         ValueError: the file cannot be read at all (single bad pictures are reported in `errors`).
     """
-    recipe = DecodeRecipe(input_size, with_quality=with_quality, mark_errors=True)
+    if not len(rows):
+        return
+    recipe = DecodeRecipe(input_size, with_quality=options.with_quality, mark_errors=True)
     dataset = read_images(LesionImageDatasource(images_path, rows, recipe)).map_batches(
         EngineScorer,
-        fn_constructor_args=(onnx_path, threads, with_embedding, projection),
-        batch_size=batch_size,
-        compute=ray.data.ActorPoolStrategy(size=num_scorers),
+        fn_constructor_args=(onnx_path, options.threads, options.with_embedding, options.projection),
+        batch_size=options.batch_size,
+        compute=ray.data.ActorPoolStrategy(size=options.num_scorers),
         num_cpus=task_cpus(),
     )
-    order: list[np.ndarray] = []
-    parts: dict[str, list[np.ndarray]] = {}
-    errors: dict[int, str] = {}
-    done, last = 0, time.monotonic()
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        order.append(batch["row"])
-        for name in ("logits", "embedding", *QUALITY_COLUMNS):
-            if name in batch:
-                parts.setdefault(name, []).append(batch[name])
-        errors |= {int(row): str(text) for row, text in zip(batch["row"], batch["error"], strict=True) if text}
-        done += len(batch["row"])
-        if on_progress is not None and time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            on_progress(done, len(rows))
-    position = np.argsort(np.concatenate(order), kind="stable")
-    columns = {name: np.concatenate(values)[position] for name, values in parts.items()}
-    logits = columns.pop("logits").astype(np.float64)
-    log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    embedding = columns.pop("embedding", None)
-    bad = sorted(errors)
-    log_probabilities[bad] = np.nan
-    if embedding is not None:
-        embedding[bad] = np.nan
-    return ScoredImages(log_probabilities, embedding, columns, errors)
+        logits = batch["logits"].astype(np.float64)
+        log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        errors = {position: str(text) for position, text in enumerate(batch["error"]) if text}
+        embedding = np.array(batch["embedding"]) if "embedding" in batch else None
+        bad = list(errors)
+        log_probabilities[bad] = np.nan
+        if embedding is not None:
+            embedding[bad] = np.nan
+        quality = {name: np.array(batch[name]) for name in QUALITY_COLUMNS if name in batch}
+        yield ScoredImages(np.array(batch["row"]), log_probabilities, embedding, quality, errors)
+
+
+def score_images(
+    images_path: str, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
+) -> ScoredImages:
+    """`stream_scores` in one piece, in the order of `rows`; for sets that fit in memory."""
+    parts = list(stream_scores(images_path, rows, onnx_path, input_size, options))
+    row = np.concatenate([part.row for part in parts])
+    position = np.argsort(row, kind="stable")
+    embeddings = [part.embedding for part in parts if part.embedding is not None]
+    return ScoredImages(
+        row[position],
+        np.concatenate([part.log_probabilities for part in parts])[position],
+        np.concatenate(embeddings)[position] if embeddings else None,
+        {name: np.concatenate([part.quality[name] for part in parts])[position] for name in parts[0].quality},
+        {int(part.row[at]): reason for part in parts for at, reason in part.errors.items()},
+    )

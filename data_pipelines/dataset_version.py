@@ -9,37 +9,45 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 
-from data_pipelines.hdf5_index import Hdf5Index, ImageReader, build_index, open_hdf5
+from data_pipelines.hdf5_index import Hdf5Index, images_bytes, images_location, open_hdf5
+from data_pipelines.image_check import check_images, kept_index
 from data_pipelines.metadata_table import QuarantinedRow, read_metadata
-from data_pipelines.stratified_folds import GATE_FOLD, assign_folds
-from modeling.preprocessing import UndecodableImageError, decode_image
+from data_pipelines.progress import Progress
+from data_pipelines.split_report import class_counts, report_lines, split_report
+from data_pipelines.stratified_folds import GATE_FOLD, assign_folds, check_groups, folds_by_value
 from modeling.schema import TaskSpec
 
 # Part of the digest: raise it when the same input would give another table.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SYNTHETIC_ATTRIBUTION = "synthetic (dermray make_sample)"
-DECODE_CHUNK = 512
-PROGRESS_SECONDS = 2.0
+HASH_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """num_folds: cross-validation folds; gate_fraction: share of groups kept for the gate; seed: shuffles the folds."""
+    """How rows are divided.
+
+    Attributes:
+        num_folds: cross-validation folds, stratified by class.
+        gate_fraction: share of groups kept for the gate split.
+        seed: shuffles the folds.
+        fold_by: a column whose every value becomes a fold instead (leave-one-institution-out).
+    """
 
     num_folds: int
     gate_fraction: float
     seed: int
+    fold_by: str | None = None
 
 
 def prepare_version(
@@ -57,7 +65,8 @@ def prepare_version(
         {"dataset": folder, "digest", "num_rows", "num_quarantined", "class_counts", "reused": bool, ...}.
 
     Raises:
-        ValueError: unreadable files, missing columns, no usable row, or a class too small for the folds.
+        ValueError: unreadable files, missing columns, no usable row, a class too small for the folds, or a group that
+            spans two folds.
     """
     open_hdf5(images).close()
     table, quarantine = read_metadata(metadata, task, require_labels=True)
@@ -65,47 +74,69 @@ def prepare_version(
     if task.institution_column is not None and (table[task.institution_column] == SYNTHETIC_ATTRIBUTION).any():
         # Data that says it is synthetic makes the task synthetic, so that no page can show it as real.
         task = task.model_copy(update={"synthetic": True})
-    hashes = {"images_sha256": file_sha256(images), "metadata_sha256": file_sha256(metadata)}
+    if split.fold_by is not None and split.fold_by not in table:
+        raise ValueError(f"fold_by = {split.fold_by!r}: expected a column that the task names, of {list(table)[4:]}")
+    hashes = {"images_sha256": file_sha256(images, say), "metadata_sha256": file_sha256(metadata)}
     digest = _digest(task, split, decode_check, hashes)
     folder = Path(out) / digest[:12]
     if (folder / "dataset.json").exists():
         facts = _reuse(folder, images, digest)
         say(f"{folder} has the same content already; nothing to do")
     else:
-        table, quarantine = _match_images(table, quarantine, build_index(images), metadata, decode_check, say)
-        table.insert(4, "fold", _folds(table, task, split, say))
+        # Named by what it depends on, so that another attempt goes on with it, also one with other folds.
+        checked = json.dumps([FORMAT_VERSION, task.model_dump(mode="json"), hashes], sort_keys=True)
+        work = Path(out) / f".preparing-{hashlib.sha256(checked.encode()).hexdigest()[:12]}"
+        with Progress("index", say) as progress:
+            index = kept_index(images, work, progress)
+        say(f"images: {len(index.ids)} in {index.path}")
+        table, quarantine = _match_images(table, quarantine, index, metadata)
+        if decode_check:
+            table, quarantine = _quarantine_undecodable(table, quarantine, index, metadata, work, say)
+        folds, fold_names = _folds(table, task, split, say)
+        table.insert(4, "fold", folds)
         facts = {
             "task": task.model_dump(mode="json"),
             "digest": digest,
-            "images": str(Path(images).resolve()),
-            "images_bytes": os.path.getsize(images),
+            "images": images_location(images),
+            "images_bytes": images_bytes(images),
             **hashes,
             "num_rows": len(table),
             "num_quarantined": len(quarantine),
-            "num_folds": split.num_folds,
+            "num_folds": len(fold_names),
+            "fold_names": fold_names,
             "gate_fraction": split.gate_fraction,
-            "class_counts": _class_counts(table["label"], task),
+            "class_counts": class_counts(table["label"], task),
             "seed": split.seed,
             "synthetic": task.synthetic,
         }
-        _write(folder, table, quarantine, facts, _report(table, quarantine, task, split))
+        report = split_report(table, quarantine, task, fold_names)
+        _write(folder, table, quarantine, facts, report)
+        shutil.rmtree(work, ignore_errors=True)
+        for line in report_lines(report):
+            say(line)
         say(f"wrote {folder}: {len(table)} rows, {len(quarantine)} quarantined")
     _replace_text(Path(out) / "LATEST", folder.name + "\n")
     shown = ("digest", "num_rows", "num_quarantined", "num_folds", "class_counts", "synthetic")
     return {"dataset": str(folder), **{name: facts[name] for name in shown}}
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 hex of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: str | Path, say: Callable[[str], None] = lambda line: None) -> str:
+    """sha256 hex of a local or remote file's bytes."""
+    total = images_bytes(path)
+    digest, done = hashlib.sha256(), 0
+    with fsspec.open(str(path), "rb") as file, Progress(f"sha256 of {Path(path).name}", say) as progress:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done, total)
+    return digest.hexdigest()
 
 
 def _digest(task: TaskSpec, split: SplitSettings, decode_check: bool, hashes: dict[str, str]) -> str:
     content = {
         "format": FORMAT_VERSION,
         "task": task.model_dump(mode="json"),
-        "split": [split.num_folds, split.gate_fraction, split.seed],
+        "split": [split.num_folds, split.gate_fraction, split.seed, split.fold_by],
         "decode_check": decode_check,
         **hashes,
     }
@@ -116,7 +147,7 @@ def _reuse(folder: Path, images: str, digest: str) -> dict[str, Any]:
     facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     if facts["digest"] != digest:
         raise ValueError(f"{folder} holds digest {facts['digest']}; expected {digest}; move that folder away")
-    here = str(Path(images).resolve())
+    here = images_location(images)
     if facts["images"] != here:
         # The same bytes at another path: content and byte ranges hold, only the pointer moves.
         facts["images"] = here
@@ -125,19 +156,13 @@ def _reuse(folder: Path, images: str, digest: str) -> dict[str, Any]:
 
 
 def _match_images(
-    table: pd.DataFrame,
-    quarantine: list[QuarantinedRow],
-    index: Hdf5Index,
-    metadata: str,
-    decode_check: bool,
-    say: Callable[[str], None],
+    table: pd.DataFrame, quarantine: list[QuarantinedRow], index: Hdf5Index, metadata: str
 ) -> tuple[pd.DataFrame, list[QuarantinedRow]]:
-    """Adds `offset` and `size`, keeps rows whose image is there and decodes, sorts by id."""
-    say(f"images: {len(index.ids)} in {index.path}")
+    """Adds `offset` and `size`, keeps rows whose image is there, sorts by id."""
     if not len(table):
         raise ValueError(f"metadata file {metadata} has no usable row; {_reasons(quarantine)}")
     listed = {row.id for row in quarantine} | set(table["id"])
-    extra = [str(image_id) for image_id in index.ids if image_id not in listed]
+    extra = [image_id for image_id in index.ids.tolist() if image_id not in listed]
     quarantine = quarantine + [QuarantinedRow(i, "metadata_missing", "image without a metadata row") for i in extra]
 
     ids = table["id"].to_numpy(str)
@@ -149,85 +174,51 @@ def _match_images(
     table = table[found].copy()
     table.insert(4, "offset", index.offset[position[found]].astype(np.int64))
     table.insert(5, "size", index.size[position[found]].astype(np.int64))
-    table = table.sort_values("id", kind="stable").reset_index(drop=True)
-    if decode_check:
-        failures = dict(undecodable_images(index.path, table, say))
-        quarantine += [QuarantinedRow(str(table["id"][row]), "undecodable", failures[row]) for row in failures]
-        table = table.drop(index=list(failures)).reset_index(drop=True)
+    return table.sort_values("id", kind="stable").reset_index(drop=True), quarantine
+
+
+def _quarantine_undecodable(
+    table: pd.DataFrame,
+    quarantine: list[QuarantinedRow],
+    index: Hdf5Index,
+    metadata: str,
+    work: Path,
+    say: Callable[[str], None],
+) -> tuple[pd.DataFrame, list[QuarantinedRow]]:
+    """Decodes every picture; adds `perceptual_hash`, keeps rows whose picture decodes."""
+    with Progress("decode check", say) as progress:
+        check = check_images(index.path, table, work, progress)
+    say(f"decode check: {len(table)} images, {len(check.failures)} undecodable")
+    failed = [QuarantinedRow(str(table["id"][row]), "undecodable", check.failures[row]) for row in check.failures]
+    table.insert(6, "perceptual_hash", check.hashes)
+    table = table.drop(index=list(check.failures)).reset_index(drop=True)
     if not len(table):
-        raise ValueError(f"no usable row is left of {metadata} and {index.path}; {_reasons(quarantine)}")
-    return table, quarantine
+        raise ValueError(f"no usable row is left of {metadata} and {index.path}; {_reasons(quarantine + failed)}")
+    return table, quarantine + failed
 
 
-def undecodable_images(
-    path: str | Path, table: pd.DataFrame, say: Callable[[str], None], num_threads: int | None = None
-) -> Iterator[tuple[int, str]]:
-    """Reads and decodes every picture of `table` (id, offset, size); yields (row position, reason) of those that fail.
-
-    Threads are enough: reading and decoding both release the interpreter lock.
-    """
-    columns = [table[name].to_numpy() for name in ("id", "offset", "size")]
-
-    def check(start: int) -> list[tuple[int, str]]:
-        failed = []
-        with ImageReader(path) as reader:
-            for row in range(start, min(start + DECODE_CHUNK, len(table))):
-                image_id, offset, size = (column[row] for column in columns)
-                try:
-                    decode_image(reader.read(str(image_id), int(offset), int(size)))
-                except (UndecodableImageError, OSError, KeyError) as error:
-                    failed.append((row, " ".join(str(error).split())))
-        return failed
-
-    started = last = time.monotonic()
-    starts = range(0, len(table), DECODE_CHUNK)
-    with ThreadPoolExecutor(num_threads or min(8, os.cpu_count() or 1)) as pool:
-        for number, failed in enumerate(pool.map(check, starts), start=1):
-            yield from failed
-            if time.monotonic() - last >= PROGRESS_SECONDS:
-                last = time.monotonic()
-                say(f"decode check: {number * DECODE_CHUNK} of {len(table)} images")
-    say(f"decode check: {len(table)} images in {time.monotonic() - started:.1f} s")
-
-
-def _folds(table: pd.DataFrame, task: TaskSpec, split: SplitSettings, say: Callable[[str], None]) -> np.ndarray:
+def _folds(
+    table: pd.DataFrame, task: TaskSpec, split: SplitSettings, say: Callable[[str], None]
+) -> tuple[np.ndarray, list[str]]:
+    """Fold of each row, int64 (N,), and the folds' names."""
     labels, groups = table["label"].to_numpy(np.int64), table["group"].to_numpy(str)
-    folds = assign_folds(labels, groups, task.classes, split.num_folds, split.gate_fraction, split.seed)
+    if split.fold_by is None:
+        folds = assign_folds(labels, groups, task.classes, split.num_folds, split.gate_fraction, split.seed)
+        names = [f"fold_{fold}" for fold in range(split.num_folds)]
+    else:
+        folds, names = folds_by_value(table[split.fold_by], groups, split.gate_fraction, split.fold_by)
+    check_groups(folds, groups, names)
     gate = labels[folds == GATE_FOLD]
     absent = [name for index, name in enumerate(task.classes) if not (gate == index).any()]
     if split.gate_fraction > 0 and absent:
         say(f"warning: the gate split ({len(gate)} rows) holds no row of class {absent}; its metrics will have gaps")
-    return folds
-
-
-def _class_counts(labels: pd.Series, task: TaskSpec) -> dict[str, int]:
-    return {name: int((labels == index).sum()) for index, name in enumerate(task.classes)}
+    return folds, names
 
 
 def _reasons(quarantine: list[QuarantinedRow]) -> str:
     counts = ", ".join(f"{reason} {count}" for reason, count in Counter(row.reason for row in quarantine).most_common())
     example = f", e.g. {quarantine[0].id!r}: {quarantine[0].detail}" if quarantine else ""
     return f"quarantined: {counts or 'none'}{example}"
-
-
-def _report(
-    table: pd.DataFrame, quarantine: list[QuarantinedRow], task: TaskSpec, split: SplitSettings
-) -> dict[str, Any]:
-    parts = {"gate": GATE_FOLD} | {f"fold_{fold}": fold for fold in range(split.num_folds)}
-    by_part = {}
-    for name, fold in parts.items():
-        rows = table[table["fold"] == fold]
-        counts = _class_counts(rows["label"], task)
-        by_part[name] = {"rows": len(rows), "groups": int(rows["group"].nunique()), "class_counts": counts}
-    return {
-        "task": task.name,
-        "synthetic": task.synthetic,
-        "rows": len(table),
-        "groups": int(table["group"].nunique()),
-        "quarantined": dict(Counter(row.reason for row in quarantine)),
-        "splits": by_part,
-        "missing_values": {name: int(table[name].isna().sum()) for name in task.columns},
-    }
 
 
 def _write(

@@ -41,10 +41,10 @@ def class_shares(counts: np.ndarray, task: TaskSpec, config: SamplingConfig) -> 
 def draw_epoch(labels: np.ndarray, shares: np.ndarray, num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """int64 (num_rows,) positions into `labels`, shuffled.
 
-    A class with more rows than its share gives a fresh sample without replacement; one with fewer gives every row
-    equally often, the remainder drawn without replacement.
+    A class with fewer rows than its share (the positives) gives every row equally often, and the rest once more. A
+    class with more (the negatives) gives rows that no earlier epoch saw, until too few are left for another epoch; then
+    they are shuffled anew.
     """
-    generator = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
     wanted = np.floor(shares * num_rows).astype(int)
     remainder = np.argsort(-(shares * num_rows - wanted), kind="stable")[: num_rows - wanted.sum()]
     wanted[remainder] += 1
@@ -55,9 +55,18 @@ def draw_epoch(labels: np.ndarray, shares: np.ndarray, num_rows: int, seed: int,
             continue
         full, rest = divmod(int(count), len(members))
         drawn.append(np.tile(members, full))
-        drawn.append(generator.choice(members, rest, replace=False))
+        drawn.append(members[_unseen(len(members), rest, [seed, label], epoch)])
     index = np.concatenate(drawn).astype(np.int64)
-    return index[generator.permutation(len(index))]
+    return index[np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(len(index))]
+
+
+def _unseen(total: int, count: int, seed: list[int], epoch: int) -> np.ndarray:
+    """int64 (count,) of range(total): slices of one shuffle, taken in turn, then of the next shuffle."""
+    if count == 0:
+        return np.empty(0, np.int64)
+    shuffle, part = divmod(epoch, total // count)
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(shuffle,)))
+    return generator.permutation(total)[part * count : (part + 1) * count]
 
 
 class EpochCursor:

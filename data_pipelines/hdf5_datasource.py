@@ -6,6 +6,7 @@ which runs as two operators and copies every picture between them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,11 +18,13 @@ from ray.data.datasource import ReadTask
 from ray.data.extensions import ArrowTensorArray
 
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
-from data_pipelines.hdf5_index import ImageReader
+from data_pipelines.image_reader import ImageReader
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
 
-ROWS_PER_TASK = 2048
-ROWS_PER_BLOCK = 1024
+# Blocks of 1,024 pictures at 128 px; larger pictures get fewer, so that a block stays the same size in memory.
+BLOCK_BYTES = 48 * 2**20
+MAX_BLOCK_ROWS = 1024
+BLOCKS_PER_TASK = 2
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class LesionImageDatasource(Datasource):
     `image` is a uint8 tensor column (N, S, S, 3); `row` the int64 position in `rows`.
 
     Args:
-        images_path: local HDF5 file.
+        images_path: HDF5 file, a local path or a URL.
         rows: the rows that may be read.
         recipe: decode recipe.
         order: called once per execution, returns (epoch, int64 positions to read in this order); None reads all
@@ -86,7 +89,7 @@ class LesionImageDatasource(Datasource):
         rows: ImageRows,
         recipe: DecodeRecipe,
         order: Callable[[], tuple[int, np.ndarray]] | None = None,
-        rows_per_task: int = ROWS_PER_TASK,
+        rows_per_task: int | None = None,
         rows_per_block: int | None = None,
     ):
         super().__init__()
@@ -94,13 +97,19 @@ class LesionImageDatasource(Datasource):
         self._rows = rows
         self._recipe = recipe
         self._order = order
-        self._rows_per_task = rows_per_task
-        self._rows_per_block = rows_per_block
+        self._num_rows = len(self._plan()[1])
+        self.rows_per_block = rows_per_block or _block_rows(self._num_rows, recipe.input_size)
+        self._rows_per_task = rows_per_task or BLOCKS_PER_TASK * self.rows_per_block
 
     @property
     def num_tasks(self) -> int:
         """Read tasks of one execution; pass it as `override_num_blocks`, or Ray splits blocks to make more."""
-        return max(1, -(-len(self._plan()[1]) // self._rows_per_task))
+        return max(1, -(-self._num_rows // self._rows_per_task))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a picture as the network takes it."""
+        return self._recipe.input_size**2 * 3
 
     def _plan(self) -> tuple[int, np.ndarray]:
         if self._order is not None:
@@ -108,24 +117,30 @@ class LesionImageDatasource(Datasource):
         return 0, np.argsort(self._rows.offset, kind="stable")
 
     def estimate_inmemory_data_size(self) -> int:
-        return len(self._plan()[1]) * self._recipe.input_size**2 * 3
+        return self._num_rows * self.row_bytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context=None
     ) -> list[ReadTask]:
         epoch, index = self._plan()
-        # Small sets get small blocks, or the first batch would wait for the whole epoch to be decoded.
-        block = self._rows_per_block or int(np.clip(len(index) // 8, 64, ROWS_PER_BLOCK))
-        row_bytes = self._recipe.input_size**2 * 3 + 24
         tasks = []
         for start in range(0, len(index), self._rows_per_task):
             part = index[start : start + self._rows_per_task]
-            read = _ReadRows(self._images_path, self._rows.take(part), part, self._recipe, epoch, start, block)
+            rows = self._rows.take(part)
+            read = _ReadRows(self._images_path, rows, part, self._recipe, epoch, start, self.rows_per_block)
             metadata = BlockMetadata(
-                num_rows=len(part), size_bytes=len(part) * row_bytes, input_files=None, exec_stats=None
+                num_rows=len(part), size_bytes=len(part) * (self.row_bytes + 24), input_files=None, exec_stats=None
             )
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
+
+
+def _block_rows(num_rows: int, input_size: int) -> int:
+    """A multiple of 32 where it can be, so that batches seldom span two blocks, which would be copied together."""
+    full = min(BLOCK_BYTES // (input_size**2 * 3), MAX_BLOCK_ROWS)
+    # Small sets get small blocks, or the first batch would wait for the whole epoch to be decoded.
+    rows = int(np.clip(num_rows // 8, 64, full)) if full >= 64 else full
+    return max(1, rows - rows % 32 if rows >= 32 else rows)
 
 
 class _ReadRows:
@@ -152,22 +167,30 @@ class _ReadRows:
         if recipe.augmentation is not None:
             seed = int(np.random.SeedSequence([recipe.seed, self.epoch, self.start]).generate_state(1)[0])
             augment = build_augmentation(recipe.augmentation, recipe.input_size, seed)
+        rows = self.rows
         with ImageReader(self.path) as reader:
-            for start in range(0, len(self.rows), self.block):
-                index = np.arange(start, min(start + self.block, len(self.rows)))
-                yield self._table(index, self._decode(reader, index, augment))
+            windows = reader.windows(rows.ids, rows.offset, rows.size, self.block)
+            encoded = (item for first, items in windows for item in enumerate(items, first))
+            for start in range(0, len(rows), self.block):
+                count = min(self.block, len(rows) - start)
+                block = self._decode(itertools.islice(encoded, count), count, augment)
+                yield self._table(np.arange(start, start + count), block)
 
     def _decode(
-        self, reader: ImageReader, index: np.ndarray, augment: Callable[[np.ndarray], np.ndarray] | None
+        self,
+        encoded: Iterator[tuple[int, bytes | Exception]],
+        count: int,
+        augment: Callable[[np.ndarray], np.ndarray] | None,
     ) -> _Block:
         size = self.recipe.input_size
-        block = _Block(np.zeros((len(index), size, size, 3), np.uint8))
-        for position, i in enumerate(index):
-            image_id = str(self.rows.ids[i])
+        block = _Block(np.zeros((count, size, size, 3), np.uint8))
+        for position, (row, data) in enumerate(encoded):
             error = ""
             quality: dict[str, float] = {}
             try:
-                decoded = decode_image(reader.read(image_id, int(self.rows.offset[i]), int(self.rows.size[i])))
+                if isinstance(data, Exception):
+                    raise data
+                decoded = decode_image(data)
                 if self.recipe.with_quality:
                     quality = image_quality(decoded)
                 image = resize(decoded, size)
@@ -175,9 +198,8 @@ class _ReadRows:
             except (UndecodableImageError, OSError, KeyError) as failure:
                 error = str(failure)
                 if not self.recipe.mark_errors:
-                    raise ValueError(
-                        f"image {image_id} of {self.path}: {error}; run prepare_dataset again to quarantine it"
-                    ) from failure
+                    advice = "run prepare_dataset again to quarantine it"
+                    raise ValueError(f"image {self.rows.ids[row]} of {self.path}: {error}; {advice}") from failure
             block.errors.append(error)
             block.quality.append(quality)
         return block

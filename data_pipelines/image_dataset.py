@@ -13,6 +13,7 @@ import ray
 from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.epoch_sampling import EpochCursor, EpochOrder, SamplingConfig, class_shares
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
+from data_pipelines.hdf5_index import images_bytes, is_url
 from data_pipelines.stratified_folds import GATE_FOLD
 from modeling.schema import TaskSpec
 
@@ -83,16 +84,16 @@ def open_dataset(location: str | Path) -> DatasetVersion:
     if not description.exists():
         raise ValueError(f"dataset {location} is not a prepared data set; expected a folder made by prepare_dataset")
     facts = json.loads(description.read_text(encoding="utf-8"))
-    images = Path(facts["images"])
-    if not images.exists():
+    images = facts["images"]
+    if not is_url(images) and not Path(images).exists():
         raise ValueError(f"dataset {location}: its image file {images} does not exist any more")
-    if images.stat().st_size != facts["images_bytes"]:
+    if images_bytes(images) != facts["images_bytes"]:
         raise ValueError(f"dataset {location}: its image file {images} has changed; run prepare_dataset again")
     return DatasetVersion(
         path=path,
         task=TaskSpec.model_validate(facts["task"]),
         digest=facts["digest"],
-        images_path=str(images),
+        images_path=images,
         lesions=pd.read_parquet(path / "lesions.parquet"),
         num_folds=int(facts["num_folds"]),
     )
@@ -120,7 +121,8 @@ def training_dataset(
     rows = version.rows(version.positions(folds))
     shares, _ = training_shares(version, folds, sampling)
     order = EpochOrder(rows.label, shares, sampling.epoch_rows or len(rows), seed, cursor)
-    source = LesionImageDatasource(version.images_path, rows, DecodeRecipe(input_size, augmentation, seed), order)
+    here = augmentation if augmentation.place == "read_task" else None
+    source = LesionImageDatasource(version.images_path, rows, DecodeRecipe(input_size, here, seed), order)
     return read_images(source)
 
 
@@ -131,14 +133,36 @@ def evaluation_dataset(version: DatasetVersion, folds: list[int], input_size: in
 
 
 def read_images(source: LesionImageDatasource) -> ray.data.Dataset:
-    """The source as a dataset whose blocks stay as the read tasks yield them."""
-    context = ray.data.DataContext.get_current()
+    """The source as a dataset whose blocks stay as the read tasks yield them, in the source's order."""
+    context = ray.data.DataContext.get_current().copy()
     # Our own progress lines say more than a bar per operator; bars of several datasets garble job logs.
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    return ray.data.read_datasource(
-        source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": task_cpus()}
-    )
+    # Ray gathers blocks until they exceed this, and copies them into one; a full block of ours goes through as it is.
+    context.target_max_block_size = source.rows_per_block * source.row_bytes - 1
+    context.execution_options = execution_options()
+    with ray.data.DataContext.current(context):
+        return ray.data.read_datasource(
+            source, override_num_blocks=source.num_tasks, num_cpus=task_cpus(), concurrency=_max_read_tasks()
+        )
+
+
+def execution_options() -> ray.data.ExecutionOptions:
+    """How Ray Data executes these datasets: in order, so that one seed gives every train worker the same batches."""
+    return ray.data.ExecutionOptions(preserve_order=True)
+
+
+def _small_cluster() -> bool:
+    return ray.cluster_resources().get("CPU", 0.0) <= SMALL_CLUSTER_CPUS
+
+
+def _max_read_tasks() -> int | None:
+    """One read task per CPU on a small cluster, where each takes half a CPU; None leaves it to Ray.
+
+    Ray keeps as many idle worker processes as there are CPUs: a third one on two CPUs would be ended and started again,
+    and import everything again, whenever tasks pause.
+    """
+    return max(1, int(ray.cluster_resources().get("CPU", 1.0))) if _small_cluster() else None
 
 
 def task_cpus() -> float:
@@ -147,4 +171,4 @@ def task_cpus() -> float:
     On two cores a service (0.9 CPU), a train worker (0.5) and a trial (0.1) leave less than a whole CPU, and Ray Data
     would wait for one forever without an error.
     """
-    return 1.0 if ray.cluster_resources().get("CPU", 0.0) > SMALL_CLUSTER_CPUS else 0.5
+    return 0.5 if _small_cluster() else 1.0

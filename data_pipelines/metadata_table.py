@@ -13,7 +13,7 @@ import pandas as pd
 from modeling.schema import ColumnSpec, TaskSpec
 
 # Columns that a prepared table adds; a feature of the same name would overwrite them.
-RESERVED_COLUMNS = ("id", "group", "context", "label", "fold", "offset", "size")
+RESERVED_COLUMNS = ("id", "group", "context", "label", "fold", "offset", "size", "perceptual_hash")
 
 
 class QuarantinedRow(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import pandas as pd
 
 GATE_FOLD = -1
 # The greedy assignment can leave a rare class out of a fold; another shuffle usually finds a place for it.
@@ -67,8 +68,37 @@ def assign_folds(
             f"class {classes[index]!r} is missing from fold {fold}: its groups are too few or too unequal for"
             f" num_folds = {num_folds}; use fewer folds"
         )
-    check_groups(folds, groups)
     return folds
+
+
+def folds_by_value(
+    values: pd.Series, groups: np.ndarray, gate_fraction: float, column: str
+) -> tuple[np.ndarray, list[str]]:
+    """Leave-one-value-out: every value of a column is a fold, so that each is scored by a model that never saw it.
+
+    Args:
+        values: (N,), e.g. the institution; the gate split is taken out first, as always.
+        groups: str (N,), for the gate split.
+        column: its name, for messages.
+
+    Returns:
+        Folds int64 (N,), -1 for the gate split, and their names (the values, in order).
+
+    Raises:
+        ValueError: a missing value, or fewer than two values.
+    """
+    if values.isna().any():
+        raise ValueError(
+            f"fold_by = {column!r}: {int(values.isna().sum())} rows have no value; expected one in each row"
+        )
+    text = values.astype(str).to_numpy(str)
+    gate = gate_members(groups, gate_fraction)
+    names, folds = np.unique(text[~gate], return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"fold_by = {column!r}: {len(names)} values outside the gate split; expected at least 2")
+    result = np.full(len(text), GATE_FOLD, np.int64)
+    result[~gate] = folds
+    return result, names.tolist()
 
 
 def class_counts(labels: np.ndarray, folds: np.ndarray, num_classes: int, num_folds: int) -> np.ndarray:
@@ -79,7 +109,22 @@ def class_counts(labels: np.ndarray, folds: np.ndarray, num_classes: int, num_fo
     return counts
 
 
-def check_groups(folds: np.ndarray, groups: np.ndarray) -> None:
-    """Asserts that no group spans two folds (the gate split counts as one): such a leak inflates every metric."""
-    pairs = np.unique(np.stack([groups.astype(str), folds.astype(str)]), axis=1)
-    assert pairs.shape[1] == len(np.unique(groups)), "a group spans two folds"
+def check_groups(folds: np.ndarray, groups: np.ndarray, fold_names: list[str]) -> None:
+    """Refuses folds that share a group (the gate split counts as one): such a leak inflates every metric.
+
+    Raises:
+        ValueError: names a group and its folds.
+    """
+    names, inverse = np.unique(groups, return_inverse=True)
+    lowest = np.full(len(names), np.iinfo(np.int64).max)
+    highest = np.full(len(names), np.iinfo(np.int64).min)
+    np.minimum.at(lowest, inverse, folds)
+    np.maximum.at(highest, inverse, folds)
+    split = np.flatnonzero(lowest != highest)
+    if len(split):
+        first = split[0]
+        where = ["gate" if fold == GATE_FOLD else fold_names[fold] for fold in (lowest[first], highest[first])]
+        raise ValueError(
+            f"{len(split)} groups span two folds, e.g. {str(names[first])!r} lies in {where[0]!r} and {where[1]!r};"
+            " expected every group in one"
+        )

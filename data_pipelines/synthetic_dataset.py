@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_pipelines.progress import Progress
 from data_pipelines.synthetic_lesions import LesionAppearance, encode_jpeg, random_size, render_lesion
 from data_pipelines.synthetic_metadata import TEST_COLUMNS, build_metadata
 from data_pipelines.synthetic_patients import Latents, draw_latents
@@ -95,9 +96,10 @@ def write_sample(
     held_out = latents.patient >= num_patients
     # Painting and encoding release the interpreter lock most of the time.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        _write_images(out / "train-image.hdf5", table["isic_id"], np.flatnonzero(~held_out), picture, pool, say)
-        if num_test_patients:
-            _write_images(out / "test-image.hdf5", table["isic_id"], np.flatnonzero(held_out), picture, pool, say)
+        files = {"train-image.hdf5": ~held_out} | ({"test-image.hdf5": held_out} if num_test_patients else {})
+        for name, chosen in files.items():
+            with Progress(f"{name}, lesions", say) as progress:
+                write_images(out / name, table["isic_id"], np.flatnonzero(chosen), picture, pool, progress)
     train = table[~held_out].reset_index(drop=True)
     train.to_csv(out / "train-metadata.csv", index=False)
     if num_test_patients:
@@ -105,15 +107,21 @@ def write_sample(
     return train
 
 
-def _write_images(
+def write_images(
     path: Path,
     ids: pd.Series,
     rows: np.ndarray,
     picture: Callable[[int], bytes],
     pool: ThreadPoolExecutor,
-    say: Callable[[str], None],
+    on_progress: Callable[[int, int], None],
 ) -> None:
-    """One scalar dataset `S<n>` per id at the root, as in the competition; whole or absent."""
+    """One scalar dataset `S<n>` per id at the root, as in the competition; whole or absent.
+
+    Args:
+        rows: positions in `ids` to write.
+        picture: row -> JPEG bytes; called in the pool's threads.
+        on_progress: called with (written, to write).
+    """
     names = ids.to_numpy(str)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with h5py.File(temporary, "w") as file:
@@ -121,7 +129,7 @@ def _write_images(
             part = rows[start : start + PROGRESS_ROWS].tolist()
             for row, data in zip(part, pool.map(picture, part), strict=True):
                 file.create_dataset(names[row], data=np.bytes_(data))
-            say(f"{path.name}: {start + len(part)} of {len(rows)} lesions")
+            on_progress(start + len(part), len(rows))
     os.replace(temporary, path)
 
 

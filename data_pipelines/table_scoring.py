@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data_pipelines.batch_scoring import score_images
+from data_pipelines.batch_scoring import ScoringOptions, stream_scores
 from data_pipelines.hdf5_datasource import ImageRows
-from data_pipelines.hdf5_index import build_index
+from data_pipelines.image_check import kept_index
 from data_pipelines.metadata_table import QuarantinedRow, read_metadata
+from data_pipelines.progress import Progress
+from data_pipelines.score_parts import ScoreParts
 from modeling.bundle import Bundle
 from modeling.metrics import risk
 from modeling.schema import TaskSpec
+
+FUSED_ROWS = 20_000
 
 
 @dataclass
@@ -58,24 +62,21 @@ def choose_context(bundle: Bundle, table: pd.DataFrame, wanted: str) -> str:
 
 
 def score_table(
-    bundle: Bundle,
-    images: str,
-    metadata: str,
-    context: str,
-    num_scorers: int,
-    on_progress: Callable[[int, int], None],
+    bundle: Bundle, images: str, metadata: str, context: str, num_scorers: int, parts: Path, say: Callable[[str], None]
 ) -> ScoredTable:
     """Scores every usable row of a CSV.
 
     Args:
         context: "auto" or one of the bundle's contexts.
+        parts: folder that keeps finished scores; a run that was killed goes on from them.
 
     Raises:
         ValueError: unreadable files, missing columns, or no row with a picture.
     """
     task = bundle.task
     table, quarantine = read_metadata(metadata, task, require_labels=False)
-    index = build_index(images)
+    with Progress("index", say) as progress:
+        index = kept_index(images, parts, progress)
     location = pd.Series(np.arange(len(index.ids)), index=index.ids)
     position = location.reindex(table["id"]).to_numpy()
     found = np.isfinite(position)
@@ -84,31 +85,65 @@ def score_table(
     if table.empty:
         raise ValueError(f"no row of {metadata} has a picture in {images}; expected ids in column {task.id_column!r}")
 
-    rows = ImageRows(
-        index.ids[position], index.offset[position], index.size[position], np.full(len(position), -1, np.int64)
-    )
-    scored = score_images(
-        images,
-        rows,
-        str(bundle.onnx_path),
-        bundle.manifest.input_size,
-        num_scorers=num_scorers,
-        on_progress=on_progress,
-    )
-    for row, reason in sorted(scored.errors.items()):
+    unlabelled = np.full(len(position), -1, np.int64)
+    rows = ImageRows(index.ids[position], index.offset[position], index.size[position], unlabelled)
+    log_probabilities, errors = _image_scores(bundle, images, rows, num_scorers, parts, say)
+    for row, reason in sorted(errors.items()):
         quarantine.append(QuarantinedRow(str(table["id"].iloc[row]), "undecodable", reason))
-    good = np.isfinite(scored.log_probabilities).all(axis=1)
-    table, log_probabilities = table[good].reset_index(drop=True), scored.log_probabilities[good]
+    good = np.isfinite(log_probabilities).all(axis=1)
+    table, log_probabilities = table[good].reset_index(drop=True), log_probabilities[good]
     if table.empty:
         raise ValueError(f"no picture of {images} could be decoded: {quarantine[-1].detail}")
 
     used = choose_context(bundle, table, context)
-    model = bundle.contexts[used]
-    columns = None if used == "image_only" else metadata_arrays(table, task)
-    groups = table["context"].to_numpy(str) if used == "patient" else None
-    probabilities = model.predict(log_probabilities, columns, groups)
+    probabilities = _fuse(bundle, used, log_probabilities, table)
     result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
     if task.num_classes > 2:
         for number, name in enumerate(task.classes):
             result[name] = probabilities[:, number]
     return ScoredTable(result, quarantine, used, int(len(index.ids) - len(set(rows.ids))))
+
+
+def _image_scores(
+    bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Pass 1: log-probabilities float64 (N, K) of all rows and the reasons of those without, scoring only what no
+    earlier attempt has kept."""
+    kept = ScoreParts(parts, len(rows), bundle.task.num_classes)
+    missing = np.flatnonzero(~kept.done)
+    if len(missing) < len(rows):
+        say(f"{len(rows) - len(missing)} of {len(rows)} images were scored by an earlier attempt")
+    with Progress("scored images", say) as progress:
+        progress(len(rows) - len(missing), len(rows))
+        options = ScoringOptions(num_scorers=num_scorers)
+        size = bundle.manifest.input_size
+        for scored in stream_scores(images, rows.take(missing), str(bundle.onnx_path), size, options):
+            errors = {int(missing[scored.row[at]]): reason for at, reason in scored.errors.items()}
+            kept.add(missing[scored.row], scored.log_probabilities, errors)
+            progress(int(kept.done.sum()), len(rows))
+    kept.flush()
+    return kept.log_probabilities, kept.errors
+
+
+def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+    """Pass 2: probabilities float64 (N, K), some thousand rows at a time: the features of a row take a hundred times
+    the memory of the row. A patient's rows stay together."""
+    model = bundle.contexts[context]
+    groups = table["context"].to_numpy(str) if context == "patient" else None
+    order = np.arange(len(table)) if groups is None else np.argsort(groups, kind="stable")
+    probabilities = np.empty_like(log_probabilities)
+    for part in _whole_groups(order, groups):
+        columns = None if context == "image_only" else metadata_arrays(table.iloc[part], bundle.task)
+        probabilities[part] = model.predict(log_probabilities[part], columns, None if groups is None else groups[part])
+    return probabilities
+
+
+def _whole_groups(order: np.ndarray, groups: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Consecutive pieces of `order` of about FUSED_ROWS rows that cut no group in two."""
+    start = 0
+    while start < len(order):
+        end = min(start + FUSED_ROWS, len(order))
+        while groups is not None and end < len(order) and groups[order[end]] == groups[order[end - 1]]:
+            end += 1
+        yield order[start:end]
+        start = end

@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 import pandas as pd
 
-from data_pipelines.hdf5_index import as_bytes, open_hdf5
+from data_pipelines.hdf5_index import open_hdf5
+from data_pipelines.image_reader import as_bytes
 
 ATTEMPTS = 5
 

@@ -4,12 +4,17 @@ scored go to a quarantine file beside the output with the reason; the others are
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field
 
+from data_pipelines.dataset_version import file_sha256
+from data_pipelines.hdf5_index import images_bytes, images_location, is_url, open_hdf5
 from data_pipelines.table_scoring import score_table
 from modeling.bundle import Bundle, load_bundle
 from modeling.registry import find_model
@@ -50,22 +55,31 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     partial.replace(out)
 
 
+def parts_folder(out: Path, bundle_digest: str, images: str, metadata: str) -> Path:
+    """Where unfinished scores of exactly this model and these files are kept, beside the output.
+
+    The pictures are known by place, size and time: hashing gigabytes would cost more than most interruptions.
+    """
+    changed = None if is_url(images) else Path(images).stat().st_mtime_ns
+    # A table that is not there is reported when it is read.
+    table = file_sha256(metadata) if Path(metadata).is_file() else ""
+    identity = json.dumps([bundle_digest, images_location(images), images_bytes(images), changed, table])
+    return out.parent / f".{out.name}.parts-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
 def run(config: ScoreDatasetConfig) -> dict[str, Any]:
     out = Path(config.out)
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"out = {config.out!r}: expected a name ending in .csv or .parquet")
     bundle, name = open_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
     say(f"scoring with {name} ({bundle.task.name}, {bundle.manifest.backbone})")
+    open_hdf5(config.images).close()
+    parts = parts_folder(out, bundle.digest, config.images, config.metadata)
     connect_ray()
-    scored = score_table(
-        bundle,
-        config.images,
-        config.metadata,
-        config.context,
-        config.num_scorers,
-        lambda done, total: say(f"scored {done}/{total} images"),
-    )
+    scored = score_table(bundle, config.images, config.metadata, config.context, config.num_scorers, parts, say)
     write_table(scored.table, out)
+    for left in out.parent.glob(f".{out.name}.parts-*"):
+        shutil.rmtree(left)
     quarantine = out.with_name(f"{out.stem}.quarantine.csv")
     if scored.quarantine:
         with open(quarantine, "w", newline="", encoding="utf-8") as file:

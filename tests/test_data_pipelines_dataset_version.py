@@ -86,8 +86,8 @@ def test_a_version_opens_and_its_byte_ranges_are_the_pictures(source):
     assert version.digest == result["digest"] and result["num_rows"] == len(source.table) == len(version.lesions)
     assert result["class_counts"] == {"benign": 48, "malignant": 24} and not version.task.synthetic
     assert version.lesions["id"].is_monotonic_increasing
-    expected = ["id", "group", "context", "label", "fold", "offset", "size", "age", "site", "attribution"]
-    assert list(version.lesions.columns) == expected
+    own = ["id", "group", "context", "label", "fold", "offset", "size", "perceptual_hash"]
+    assert list(version.lesions.columns) == [*own, "age", "site", "attribution"]
     content = source.images.read_bytes()
     for row in version.lesions.itertuples():
         assert content[row.offset : row.offset + row.size] == source.pictures[row.id]
@@ -180,7 +180,8 @@ def test_a_class_with_fewer_groups_than_folds_is_named(source):
     source.table["target"] = [int(i in (0, 1, 2)) for i in range(len(source.table))]
     with pytest.raises(ValueError, match="class 'malignant' has [01] groups outside the gate split"):
         source.prepare()
-    assert not (source.folder / "out").exists() or not list((source.folder / "out").iterdir())
+    # No version; what was checked is kept for an attempt with other folds.
+    assert not list((source.folder / "out").glob("[!.]*"))
 
 
 def test_a_gate_split_without_a_class_is_said_aloud(source):
@@ -211,3 +212,92 @@ def test_pictures_that_all_fail_say_why(source):
     source.pictures = dict.fromkeys(source.pictures, b"not a picture")
     with pytest.raises(ValueError, match="no usable row is left .* undecodable 72"):
         source.prepare()
+
+
+def test_leaving_institutions_out_makes_each_a_fold_and_the_report_shows_them(source):
+    source.table["attribution"] = [["Wien", "Basel", "Sydney"][i // 3 % 3] for i in range(len(source.table))]
+    lines = []
+    result = source.prepare(fold_by="attribution", lines=lines)
+    version = open_dataset(result["dataset"])
+    assert result["num_folds"] == 3 and version.num_folds == 3
+    report = json.loads(open(f"{result['dataset']}/report.json").read())
+    assert list(report["splits"]) == ["gate", "Basel", "Sydney", "Wien"]
+    for fold, name in enumerate(["Basel", "Sydney", "Wien"]):
+        part, rows = report["splits"][name], version.lesions[version.lesions["fold"] == fold]
+        assert part["institutions"] == {name: len(rows)} and part["malignant"] == rows["label"].sum()
+        assert part["patients"] == rows["context"].nunique() == part["groups"]
+        assert any(line.startswith(f"{name}: {len(rows)} rows, {part['malignant']} malignant") for line in lines)
+    assert result["digest"] != source.prepare()["digest"]
+
+
+def test_a_patient_of_two_institutions_cannot_be_left_out_of_both(source):
+    source.table["attribution"] = [["Wien", "Basel"][i % 2] for i in range(len(source.table))]
+    with pytest.raises(ValueError, match=r"groups span two folds, e\.g\. 'IP_\d+' lies in 'Basel' and 'Wien'"):
+        source.prepare(fold_by="attribution")
+    with pytest.raises(ValueError, match="fold_by = 'clinic': expected a column that the task names"):
+        source.prepare(fold_by="clinic")
+
+
+@pytest.mark.parametrize("layout", ["chunked", "variable length"])
+def test_layouts_without_byte_ranges_make_the_same_version_table(source, layout):
+    plain = open_dataset(source.prepare(out="plain")["dataset"]).lesions
+    with h5py.File(source.images, "w") as file:
+        for image_id, data in source.pictures.items():
+            value = np.frombuffer(data, np.uint8)
+            if layout == "chunked":
+                file.create_dataset(image_id, data=value, chunks=(64,), compression="gzip")
+            else:
+                file.create_dataset(image_id, (), h5py.vlen_dtype(np.uint8))[()] = value
+    arguments = (str(source.images), str(source.metadata), str(source.folder / "other"), TASK)
+    result = prepare_version(*arguments, SplitSettings(3, 0.2, 0), True, lambda line: None)
+    other = open_dataset(result["dataset"]).lesions
+    assert (other["offset"] == -1).all() and result["num_quarantined"] == 0
+    byte_ranges = ["offset", "size"]
+    assert other.drop(columns=byte_ranges).equals(plain.drop(columns=byte_ranges))
+
+
+def test_a_file_cut_short_loses_only_the_pictures_that_are_gone(source):
+    source.prepare()
+    content = source.images.read_bytes()
+    version = open_dataset(source.folder / "out")
+    last = version.lesions.loc[version.lesions["offset"].idxmax()]
+    source.images.write_bytes(content[: last["offset"] + 10])
+    arguments = (str(source.images), str(source.metadata), str(source.folder / "cut"), TASK)
+    # HDF5 refuses a file that is shorter than its own header says: nothing is lost silently.
+    with pytest.raises(ValueError, match="cannot be read as HDF5.*truncated file"):
+        prepare_version(*arguments, SplitSettings(3, 0.2, 0), True, lambda line: None)
+
+
+def test_labels_that_are_not_there_are_quarantined(source):
+    source.table["target"] = source.table["target"].astype(float)
+    source.table.loc[[3, 8], "target"] = np.nan
+    result = source.prepare()
+    assert source.quarantine(result) == {"ISIC_0000003": "label_missing", "ISIC_0000008": "label_missing"}
+    assert result["num_rows"] == len(source.table) - 2
+
+
+def test_an_attempt_that_was_killed_goes_on_and_leaves_nothing_behind(source, monkeypatch):
+    from data_pipelines import image_check
+
+    monkeypatch.setattr(image_check, "PART_ROWS", 16)
+    expected = source.prepare(out="unbroken")
+    decoded = []
+    original = image_check._decode_part
+
+    def killed(*call):
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        decoded.append(call[-1])
+        return original(*call)
+
+    monkeypatch.setattr(image_check, "_decode_part", killed)
+    monkeypatch.setattr(image_check.os, "sched_getaffinity", lambda pid: {0})
+    with pytest.raises(KeyboardInterrupt):
+        source.prepare()
+    monkeypatch.setattr(image_check, "_decode_part", lambda *call: decoded.append(call[-1]) or original(*call))
+    result = source.prepare()
+    assert sorted(decoded) == [0, 16, 32, 48, 64]
+    assert result["digest"] == expected["digest"]
+    plain, resumed = (open_dataset(source.folder / out).lesions for out in ("unbroken", "out"))
+    assert plain.equals(resumed)
+    assert not list((source.folder / "out").glob(".preparing-*"))

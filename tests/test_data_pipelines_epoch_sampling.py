@@ -49,8 +49,19 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_and_negatives_are_fresh():
     first, again = (draw_epoch(labels, shares, 100, seed=3, epoch=5) for _ in range(2))
     other = draw_epoch(labels, shares, 100, seed=3, epoch=6)
     assert np.array_equal(first, again)
-    overlap = set(first[labels[first] == 0]) & set(other[labels[other] == 0])
-    assert len(overlap) < 30
+    assert not set(first[labels[first] == 0]) & set(other[labels[other] == 0])
+
+
+def test_every_negative_is_seen_once_before_any_is_seen_again():
+    labels = np.array([0] * 900 + [1] * 10)
+    seen = []
+    for epoch in range(10):
+        index = draw_epoch(labels, np.array([0.9, 0.1]), 100, seed=3, epoch=epoch)
+        seen += index[labels[index] == 0].tolist()
+    assert sorted(seen) == list(range(900))
+    # The next round is shuffled anew.
+    again = draw_epoch(labels, np.array([0.9, 0.1]), 100, seed=3, epoch=10)
+    assert set(again[labels[again] == 0]) != set(seen[:90])
 
 
 def test_an_absent_class_is_skipped():

@@ -4,7 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from data_pipelines.hdf5_index import ImageReader, as_bytes, build_index
+from data_pipelines.hdf5_index import build_index
+from data_pipelines.image_reader import ImageReader, as_bytes
 from data_pipelines.synthetic_lesions import LesionAppearance, encode_jpeg, render_lesion
 
 

@@ -1,9 +1,10 @@
 """No patient on two sides, a gate split that never moves, and classes spread over all folds."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from data_pipelines.stratified_folds import GATE_FOLD, assign_folds, check_groups, gate_members
+from data_pipelines.stratified_folds import GATE_FOLD, assign_folds, check_groups, folds_by_value, gate_members
 
 CLASSES = ["nv", "mel", "df"]
 
@@ -74,5 +75,33 @@ def test_a_class_with_fewer_groups_than_folds_is_named():
 
 
 def test_a_leak_between_folds_cannot_pass_unseen():
-    with pytest.raises(AssertionError, match="spans two folds"):
-        check_groups(np.array([0, 1, 1]), np.array(["a", "a", "b"]))
+    with pytest.raises(ValueError, match="1 groups span two folds, e.g. 'a' lies in 'north' and 'south'"):
+        check_groups(np.array([0, 1, 1, -1]), np.array(["a", "a", "b", "c"]), ["north", "south"])
+    with pytest.raises(ValueError, match="'a' lies in 'gate' and 'south'"):
+        check_groups(np.array([-1, 1, 1]), np.array(["a", "a", "b"]), ["north", "south"])
+    check_groups(np.array([-1, 1, 1]), np.array(["a", "b", "b"]), ["north", "south"])
+
+
+def test_every_institution_is_a_fold_of_its_own_and_the_gate_split_stays():
+    labels, groups = population()
+    number = {group: i for i, group in enumerate(np.unique(groups))}
+    clinics = pd.Series([["Wien", "Basel", "Sydney"][number[group] % 3] for group in groups])
+    folds, names = folds_by_value(clinics, groups, 0.15, "attribution")
+    assert names == ["Basel", "Sydney", "Wien"]
+    gate = gate_members(groups, 0.15)
+    assert ((folds == GATE_FOLD) == gate).all()
+    for fold, name in enumerate(names):
+        assert set(clinics[folds == fold]) == {name}
+    check_groups(folds, groups, names)
+
+
+@pytest.mark.parametrize(
+    ("clinics", "says"),
+    [
+        (["a", None, "b", "b"], "fold_by = 'clinic': 1 rows have no value"),
+        (["a", "a", "a", "a"], "fold_by = 'clinic': 1 values outside the gate split; expected at least 2"),
+    ],
+)
+def test_a_column_that_makes_no_folds_is_refused(clinics, says):
+    with pytest.raises(ValueError, match=says):
+        folds_by_value(pd.Series(clinics), np.array(["1", "2", "3", "4"]), 0.0, "clinic")

@@ -56,14 +56,14 @@ def without_images(monkeypatch, version):
     logit = 1.5 * (version.lesions["label"].to_numpy() - 0.5) + rng.normal(size=len(version.lesions))
     number = {name: row for row, name in enumerate(version.lesions["id"])}
 
-    def score_images(path, rows, onnx_path, input_size, **options):
+    def score_images(path, rows, onnx_path, input_size, options):
         chosen = np.array([number[name] for name in rows.ids])
         log_probabilities = -np.logaddexp(0.0, np.stack([logit[chosen], -logit[chosen]], axis=1))
         embedding = np.random.default_rng(7).normal(size=(len(number), EMBEDDING_DIM))[chosen].astype(np.float32)
-        if (projection := options.get("projection")) is not None:
+        if (projection := options.projection) is not None:
             embedding = (embedding - projection[1]) @ projection[0]
         quality = {name: np.full(len(chosen), 0.5, np.float32) for name in QUALITY_COLUMNS}
-        return ScoredImages(log_probabilities, embedding, quality, {})
+        return ScoredImages(np.arange(len(chosen)), log_probabilities, embedding, quality, {})
 
     monkeypatch.setattr(model_building, "score_images", score_images)
     # Exporting takes ten seconds and has tests of its own.

@@ -1,5 +1,6 @@
 """Real Ray Train runs: a killed worker resumes its epoch, workers share the rows, the gate split stays out."""
 
+import json
 import os
 import signal
 import threading
@@ -10,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
+from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.dataset_version import SplitSettings, prepare_version
-from data_pipelines.epoch_sampling import EpochCursor
 from data_pipelines.image_dataset import open_dataset
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
@@ -82,23 +83,96 @@ def wait_until(condition, what, seconds=240):
     return value
 
 
-@pytest.mark.slow
-def test_a_worker_killed_in_the_second_epoch_resumes_there_and_the_run_ends(ray_connected, version, tmp_path):
+def recording_loop(folder):
+    """The train loop, noting which rows each worker sees in which epoch, and what their pictures look like after
+    augmentation. Nested, so that it travels to the workers by value: they cannot import this file."""
+
+    def loop(settings):
+        import json
+        import os
+        import zlib
+
+        import ray.train
+
+        from training import worker
+
+        rank, original = ray.train.get_context().get_world_rank(), worker.train_epoch
+
+        def train_epoch(model, batches, *rest):
+            def noted():
+                for batch in batches:
+                    pictures = [zlib.crc32(image.numpy().tobytes()) for image in batch["image"]]
+                    line = {"epoch": int(batch["epoch"][0]), "rows": batch["row"].tolist(), "pictures": pictures}
+                    with open(f"{folder}/rank{rank}-process{os.getpid()}.jsonl", "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    yield batch
+
+            return original(model, noted(), *rest)
+
+        worker.train_epoch = train_epoch
+        worker.train_loop_per_worker(settings)
+
+    return loop
+
+
+def seen(folder):
+    """(epoch, rank, process) -> batches, in the order they came."""
+    found = {}
+    for path in folder.glob("*.jsonl"):
+        rank, process = path.stem.split("-")
+        for line in path.read_text().splitlines():
+            note = json.loads(line)
+            found.setdefault((note.pop("epoch"), rank, process), []).append(note)
+    return found
+
+
+def recorded_trainer(settings, version, storage, name):
+    folder = storage / f"seen-{name}"
+    folder.mkdir()
+    trainer = build_trainer(settings, version, 0, str(storage), name)
+    trainer.train_loop_per_worker = recording_loop(str(folder))
+    return trainer, folder
+
+
+@pytest.mark.parametrize("place", ["read_task", pytest.param("device", marks=pytest.mark.slow)])
+def test_a_run_killed_in_its_second_epoch_sees_the_samples_of_an_unbroken_run(ray_connected, version, tmp_path, place):
+    settings = config(3, 1200, workers=2)
+    settings = settings.model_copy(update={"augmentation": AugmentationConfig(recipe="light", place=place), "seed": 5})
+    unbroken, unbroken_folder = recorded_trainer(settings, version, tmp_path, "unbroken")
+    fit(unbroken)
+    expected = seen(unbroken_folder)
+    assert len(expected) == 6
+    killed, folder = recorded_trainer(settings, version, tmp_path, "killed")
     outcome = {}
-    trainer = build_trainer(config(3, 2400), version, 0, str(tmp_path), "killed")
-    thread = threading.Thread(target=lambda: outcome.update(model=fit(trainer)))
+    thread = threading.Thread(target=lambda: outcome.update(model=fit(killed)))
     thread.start()
-    cursor = EpochCursor(f"{tmp_path}/killed.epoch")
-    # The worker reports before it announces, but Train's controller registers a report when it next polls.
+    # The worker reports before it goes on, but Train's controller registers a report when it next polls.
     registered = tmp_path / "killed" / "checkpoint_manager_snapshot.json"
-    wait_until(lambda: cursor.read() == 1 and registered.exists(), "second epoch")
-    (pid,) = wait_until(train_worker_pids, "train worker")
-    os.kill(pid, signal.SIGKILL)
+
+    def second_epoch():
+        begun = [key for key, batches in seen(folder).items() if key[0] == 1 and len(batches) >= 3]
+        return begun and registered.exists()
+
+    wait_until(second_epoch, "second epoch")
+    os.kill(wait_until(train_worker_pids, "train worker")[0], signal.SIGKILL)
     thread.join(timeout=240)
     model = outcome["model"]
     assert model.metrics["epoch"] == 3
     # Not from the start: the epoch that had ended was not paid for again, the one that was cut short was.
     assert model.metrics["resumed_after"] == 1
+    attempts = seen(folder)
+    processes = {rank: [key[2] for key in attempts if key[1] == rank and key[0] == 2] for rank in ("rank0", "rank1")}
+    for (epoch, rank, _), batches in expected.items():
+        # Rows, their order, their batches and their augmented pictures.
+        of_epoch = {key[2]: found for key, found in attempts.items() if key[:2] == (epoch, rank)}
+        last = of_epoch[processes[rank][0]] if epoch else next(iter(of_epoch.values()))
+        assert last == batches, f"epoch {epoch} of {rank} differs after the restart"
+        for cut_short in of_epoch.values():
+            assert cut_short == batches[: len(cut_short)]
+    drawn = [[], [], []]
+    for (epoch, _, _), batches in expected.items():
+        drawn[epoch] += [row for batch in batches for row in batch["rows"]]
+    assert len(drawn[0]) == 1200 and sorted(drawn[0]) != sorted(drawn[1])
     rows, log_probabilities = model.predictions(version.task)
     labels = version.lesions["label"].to_numpy()[version.positions([0])]
     assert np.array_equal(rows, np.arange(len(labels)))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages, score_images
+from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages, ScoringOptions, score_images
 from data_pipelines.image_dataset import DatasetVersion, training_shares
 from data_pipelines.synthetic_lesions import parity_images
 from data_pipelines.table_scoring import metadata_arrays
@@ -72,10 +72,7 @@ def build_bundle(
         version.rows(gate_positions),
         str(onnx_path),
         training.model.input_size,
-        with_embedding=True,
-        projection=projection,
-        with_quality=True,
-        num_scorers=config.num_scorers,
+        ScoringOptions(with_embedding=True, projection=projection, with_quality=True, num_scorers=config.num_scorers),
     )
     if scored.errors:
         row, reason = next(iter(scored.errors.items()))
@@ -186,8 +183,7 @@ def _fit_projection(
         version.rows(sample),
         str(onnx_path),
         training.model.input_size,
-        with_embedding=True,
-        num_scorers=config.num_scorers,
+        ScoringOptions(with_embedding=True, num_scorers=config.num_scorers),
     )
     embedding = scored.embedding[np.isfinite(scored.embedding).all(axis=1)].astype(np.float64)
     mean = embedding.mean(axis=0)

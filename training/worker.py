@@ -21,6 +21,7 @@ from modeling.image_scorer import create_scorer
 from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
+from training.device_augmentation import DeviceAugmentation
 from training.epoch import ExponentialMovingAverage, parameter_groups, predict, train_epoch, warmup_cosine
 
 CHECKPOINT_FILE = "model.pt"
@@ -43,6 +44,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.threads())
+    # Activations and gradients far below anything that matters, which a CPU computes many times slower.
+    torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
 
     scorer = create_scorer(
@@ -62,6 +65,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     first_epoch = _restore(unwrapped, average, optimizer, scheduler)
 
     device = ray.train.torch.get_device()
+    augment = None
+    if config.augmentation.place == "device" and config.augmentation.recipe != "none":
+        augment = DeviceAugmentation(config.augmentation, config.model.input_size, device, config.seed, rank)
     cursor = EpochCursor(settings["cursor"])
     progress = _Progress(settings["title"], config.optimizer.epochs, steps_per_epoch) if rank == 0 else None
     if progress and first_epoch:
@@ -75,6 +81,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             cursor.announce(epoch)
         # Every worker asks for batches only after the announcement; the split waits for all of them.
         batches = _checked(ray.train.get_dataset_shard("train"), config.optimizer.batch_size, device, epoch)
+        if augment is not None:
+            augment.start_epoch(epoch)
+            batches = ({**batch, "image": augment(batch["image"])} for batch in batches)
         started = time.monotonic()
         metrics: dict[str, Any] = train_epoch(
             model,

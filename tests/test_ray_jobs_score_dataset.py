@@ -1,0 +1,120 @@
+"""The job on a real cluster: what it writes, and that a killed run goes on instead of scoring a row twice."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from ray_jobs.job import REPO_ROOT
+from tests.tiny_bundle import SIZE, tiny_bundle
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+NUM_ROWS = 16_000
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """16,000 tiny pictures with metadata; one is broken, one row has no picture, one an impossible age."""
+    folder = tmp_path_factory.mktemp("scoring")
+    tiny_bundle(folder / "bundle", contexts=["image_only", "none"])
+    rng = np.random.default_rng(0)
+    flat = [np.full((SIZE, SIZE, 3), rng.integers(0, 255, 3), np.uint8) for _ in range(64)]
+    encoded = [cv2.imencode(".png", picture)[1].tobytes() for picture in flat]
+    with h5py.File(folder / "images.hdf5", "w") as file:
+        for number in range(NUM_ROWS - 1):
+            file[f"ISIC_{number:07d}"] = np.void(b"broken" if number == 77 else encoded[number % 64])
+    table = pd.DataFrame(
+        {
+            "isic_id": [f"ISIC_{number:07d}" for number in range(NUM_ROWS)],
+            "age_approx": rng.integers(20, 80, NUM_ROWS),
+            "sex": rng.choice(["male", "female"], NUM_ROWS),
+        }
+    )
+    table.loc[5, "age_approx"] = 300
+    table.to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+def command(inputs, out):
+    files = ["--images", f"{inputs}/images.hdf5", "--metadata", f"{inputs}/metadata.csv", "--out", str(out)]
+    return [sys.executable, "-m", "ray_jobs.score_dataset", "--model", f"{inputs}/bundle", *files]
+
+
+def environment(ray_cluster, home):
+    return os.environ | ray_cluster.client_environment() | {"DERMRAY_HOME": str(home), "PYTHONPATH": str(REPO_ROOT)}
+
+
+def score(inputs, out, ray_cluster):
+    done = subprocess.run(
+        command(inputs, out),
+        cwd=REPO_ROOT,
+        env=environment(ray_cluster, out.parent),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster, inputs, tmp_path):
+    whole, _ = score(inputs, tmp_path / "whole.csv", ray_cluster)
+    assert (whole["rows"], whole["quarantined"]) == (NUM_ROWS - 3, 3)
+    quarantine = pd.read_csv(tmp_path / "whole.quarantine.csv").set_index("id")["reason"].to_dict()
+    assert quarantine == {
+        "ISIC_0000005": "out_of_range",
+        "ISIC_0000077": "undecodable",
+        f"ISIC_{NUM_ROWS - 1:07d}": "image_missing",
+    }
+
+    out = tmp_path / "resumed.parquet"
+    process = subprocess.Popen(
+        command(inputs, out), cwd=REPO_ROOT, env=environment(ray_cluster, tmp_path), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 180
+    while not list(tmp_path.glob(".resumed.parquet.parts-*/scores-*.npz")):
+        assert process.poll() is None and time.monotonic() < deadline, "no part was written"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    kept = sum(len(np.load(part)["row"]) for part in tmp_path.glob(".resumed.parquet.parts-*/scores-*.npz"))
+    resumed, said = score(inputs, out, ray_cluster)
+    (earlier, total) = map(int, re.search(r"(\d+) of (\d+) images were scored by an earlier attempt", said).groups())
+    assert earlier == kept and 0 < earlier < total == NUM_ROWS - 2
+    assert resumed | {"seconds": 0, "out": ""} == whole | {"seconds": 0, "out": ""}
+    first, second = pd.read_csv(tmp_path / "whole.csv"), pd.read_parquet(out)
+    assert second["isic_id"].is_unique and first["isic_id"].tolist() == second["isic_id"].tolist()
+    assert np.allclose(first["target"], second["target"], atol=1e-6)
+    assert first["target"].nunique() > 50
+    assert not list(tmp_path.glob(".*.parts-*"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--images", "/nowhere/x.hdf5", "images file /nowhere/x.hdf5 does not exist"),
+        ("--out", "scores.txt", "expected a name ending in .csv or .parquet"),
+        ("--model", "/nowhere/bundle", "/nowhere/bundle"),
+    ],
+)
+def test_a_users_mistake_is_one_line_before_anything_starts(inputs, tmp_path, flag, value, says, dermray_home):
+    done = subprocess.run(
+        [*command(inputs, tmp_path / "x.csv"), flag, value],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("score_dataset: error:") and says in done.stderr.splitlines()[-1]
