@@ -18,13 +18,16 @@ from ray.data.datasource import ReadTask
 from ray.data.extensions import ArrowTensorArray
 
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
+from data_pipelines.heap import keep_freed_memory
 from data_pipelines.image_reader import ImageReader
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
 
-# Blocks of 1,024 pictures at 128 px; larger pictures get fewer, so that a block stays the same size in memory.
-BLOCK_BYTES = 48 * 2**20
-MAX_BLOCK_ROWS = 1024
-BLOCKS_PER_TASK = 2
+# Blocks of 512 pictures at 128 px; larger pictures get fewer, so that a block stays the same size in memory.
+BLOCK_BYTES = 24 * 2**20
+MAX_BLOCK_ROWS = 512
+BLOCKS_PER_TASK = 8
+# A task takes at most this share of what is left, so that the last ones are small and end together.
+SHARE_OF_REST = 3
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,12 @@ class LesionImageDatasource(Datasource):
         self._num_rows = len(self._plan()[1])
         self.rows_per_block = rows_per_block or _block_rows(self._num_rows, recipe.input_size)
         self._rows_per_task = rows_per_task or BLOCKS_PER_TASK * self.rows_per_block
+        self._starts = _task_starts(self._num_rows, self._rows_per_task, self.rows_per_block)
 
     @property
     def num_tasks(self) -> int:
         """Read tasks of one execution; pass it as `override_num_blocks`, or Ray splits blocks to make more."""
-        return max(1, -(-self._num_rows // self._rows_per_task))
+        return max(1, len(self._starts))
 
     @property
     def row_bytes(self) -> int:
@@ -124,8 +128,8 @@ class LesionImageDatasource(Datasource):
     ) -> list[ReadTask]:
         epoch, index = self._plan()
         tasks = []
-        for start in range(0, len(index), self._rows_per_task):
-            part = index[start : start + self._rows_per_task]
+        for start, end in itertools.pairwise([*self._starts, len(index)]):
+            part = index[start:end]
             rows = self._rows.take(part)
             read = _ReadRows(self._images_path, rows, part, self._recipe, epoch, start, self.rows_per_block)
             metadata = BlockMetadata(
@@ -133,6 +137,17 @@ class LesionImageDatasource(Datasource):
             )
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
+
+
+def _task_starts(num_rows: int, largest: int, block: int) -> list[int]:
+    """First rows of the read tasks, whole blocks but for the last: a function of the number of rows alone, because
+    a task's start seeds its augmentation."""
+    starts, start = [], 0
+    while start < num_rows:
+        starts.append(start)
+        fair = (num_rows - start) // SHARE_OF_REST
+        start += min(largest, max(block, fair - fair % block))
+    return starts
 
 
 def _block_rows(num_rows: int, input_size: int) -> int:
@@ -168,6 +183,8 @@ class _ReadRows:
             seed = int(np.random.SeedSequence([recipe.seed, self.epoch, self.start]).generate_state(1)[0])
             augment = build_augmentation(recipe.augmentation, recipe.input_size, seed)
         rows = self.rows
+        # A block of 50 MB is freed and taken again every half second.
+        keep_freed_memory()
         with ImageReader(self.path) as reader:
             windows = reader.windows(rows.ids, rows.offset, rows.size, self.block)
             encoded = (item for first, items in windows for item in enumerate(items, first))
@@ -183,7 +200,7 @@ class _ReadRows:
         augment: Callable[[np.ndarray], np.ndarray] | None,
     ) -> _Block:
         size = self.recipe.input_size
-        block = _Block(np.zeros((count, size, size, 3), np.uint8))
+        block = _Block(np.empty((count, size, size, 3), np.uint8))
         for position, (row, data) in enumerate(encoded):
             error = ""
             quality: dict[str, float] = {}
@@ -197,6 +214,7 @@ class _ReadRows:
                 block.images[position] = image if augment is None else augment(image)
             except (UndecodableImageError, OSError, KeyError) as failure:
                 error = str(failure)
+                block.images[position] = 0
                 if not self.recipe.mark_errors:
                     advice = "run prepare_dataset again to quarantine it"
                     raise ValueError(f"image {self.rows.ids[row]} of {self.path}: {error}; {advice}") from failure

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
-from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
+from data_pipelines.hdf5_datasource import (
+    BLOCKS_PER_TASK,
+    DecodeRecipe,
+    ImageRows,
+    LesionImageDatasource,
+    _block_rows,
+    _task_starts,
+)
 from data_pipelines.hdf5_index import build_index
 from modeling.preprocessing import load_image
 
@@ -108,3 +115,16 @@ def test_a_file_cut_short_names_the_image(images, tmp_path):
     cut.write_bytes(data[: int(rows.offset[last]) + 10])
     with pytest.raises(ValueError, match=str(rows.ids[last])):
         read(LesionImageDatasource(str(cut), rows, DecodeRecipe(32)))
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 1000, 6424, 100_000, 401_059])
+def test_tasks_cover_the_rows_in_whole_blocks_and_the_last_ones_are_small(num_rows):
+    block = _block_rows(num_rows, 128)
+    starts = _task_starts(num_rows, BLOCKS_PER_TASK * block, block)
+    sizes = np.diff([*starts, num_rows])
+    assert starts[0] == 0 and sizes.min() > 0 and sizes.max() <= BLOCKS_PER_TASK * block
+    assert all(size % block == 0 for size in sizes[:-1]) and sizes[-1] <= block
+    assert len(starts) >= min(4, num_rows // 64)
+    # A block is what Ray Data moves at once: never more than 24 MiB, whatever the input size.
+    for side in (32, 128, 224, 512, 1024):
+        assert _block_rows(num_rows, side) * side**2 * 3 <= 24 * 2**20
