@@ -91,11 +91,14 @@ def test_values_out_of_range_warn_and_many_of_them_fail(data):
     assert data.check()["ranges"][0] == "fail"
 
 
-def test_pictures_that_do_not_decode_are_counted(data, monkeypatch):
-    data.table = pd.concat([data.table, data.table.tail(1).assign(isic_id="ISIC_9999999")], ignore_index=True)
-    data.tiles.append(np.zeros((4, 4, 3), np.uint8))
-    verdict, detail = data.check()["images"]
-    assert verdict == "warn" and "1 undecodable" in detail
+def test_pictures_that_do_not_decode_are_counted_and_many_of_them_fail(data):
+    for number in range(1, 13):
+        image_id = f"ISIC_999{number:04d}"
+        data.table = pd.concat([data.table, data.table.tail(1).assign(isic_id=image_id)], ignore_index=True)
+        data.tiles.append(np.zeros((4, 4, 3), np.uint8))
+        if number == 1:
+            assert data.check()["images"] == ("warn", "1 undecodable; 0.41% of rows lost")
+    assert data.check()["images"] == ("fail", "12 undecodable; 4.76% of rows lost")
 
 
 def test_a_column_with_many_gaps_warns_and_an_empty_one_fails(data):
