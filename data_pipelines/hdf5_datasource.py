@@ -18,7 +18,6 @@ from ray.data.datasource import ReadTask
 from ray.data.extensions import ArrowTensorArray
 
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
-from data_pipelines.heap import keep_freed_memory
 from data_pipelines.image_reader import ImageReader
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
 
@@ -183,8 +182,6 @@ class _ReadRows:
             seed = int(np.random.SeedSequence([recipe.seed, self.epoch, self.start]).generate_state(1)[0])
             augment = build_augmentation(recipe.augmentation, recipe.input_size, seed)
         rows = self.rows
-        # A block of 50 MB is freed and taken again every half second.
-        keep_freed_memory()
         with ImageReader(self.path) as reader:
             windows = reader.windows(rows.ids, rows.offset, rows.size, self.block)
             encoded = (item for first, items in windows for item in enumerate(items, first))
