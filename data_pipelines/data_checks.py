@@ -34,7 +34,7 @@ class CheckLimits(BaseModel):
     max_single_auc: float = Field(0.98, ge=0.5, le=1.0, description="of one column alone")
     min_malignant: int = Field(10, ge=1, description="rows per split")
     min_similarity: float = Field(0.98, ge=0.0, le=1.0, description="correlation of 64 x 64 thumbnails")
-    max_compared_pairs: int = Field(5000, ge=1, description="pictures pairs that are decoded and compared")
+    max_compared_pairs: int = Field(5000, ge=1, description="picture pairs that are decoded and compared")
 
 
 class Verdict(NamedTuple):

@@ -79,6 +79,7 @@ def _open_remote(url: str) -> h5py.File:
         file = filesystem.open(key, "rb", block_size=REMOTE_BLOCK_BYTES, cache_type="blockcache")
         return h5py.File(file, "r")
     except Exception as error:
+        # As above: botocore's errors, for one, are no OSError.
         raise _unreadable(url, error) from error
 
 
