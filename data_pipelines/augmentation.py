@@ -89,52 +89,24 @@ def build_augmentation(
     # Otherwise albumentations asks the network for its newest version when imported.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
-    import cv2
 
-    recipe = recipe_of(config, input_size)
+    from data_pipelines.lesion_transforms import LesionWarp, OneHole, TableNoise
+
+    recipe, full = recipe_of(config, input_size), config.recipe == "full"
     brightness = A.RandomBrightnessContrast(
         brightness_limit=recipe.brightness, contrast_limit=recipe.contrast, p=recipe.brightness_p
     )
-    steps = [A.D4(p=1.0), brightness]
-    if config.recipe == "full":
-        steps += [
-            A.OneOf(
-                [
-                    A.GaussianBlur(blur_limit=recipe.blur_sizes, sigma_limit=recipe.blur_sigma),
-                    A.GaussNoise(std_range=recipe.noise_std),
-                ],
-                p=recipe.blur_or_noise_p,
-            ),
-            A.OneOf(
-                [
-                    A.OpticalDistortion(distort_limit=recipe.distortion, border_mode=cv2.BORDER_REFLECT_101),
-                    A.GridDistortion(
-                        num_steps=recipe.grid_steps,
-                        distort_limit=recipe.distortion,
-                        border_mode=cv2.BORDER_REFLECT_101,
-                    ),
-                ],
-                p=recipe.distortion_p,
-            ),
-            A.HueSaturationValue(
-                hue_shift_limit=recipe.hue,
-                sat_shift_limit=recipe.saturation,
-                val_shift_limit=recipe.value,
-                p=recipe.colour_p,
-            ),
-            A.Affine(
-                translate_percent=(-recipe.shift, recipe.shift),
-                scale=(1 - recipe.scale, 1 + recipe.scale),
-                rotate=(-recipe.rotate, recipe.rotate),
-                border_mode=cv2.BORDER_REFLECT_101,
-                p=recipe.affine_p,
-            ),
-            A.CoarseDropout(
-                num_holes_range=(1, 1),
-                hole_height_range=(recipe.hole, recipe.hole),
-                hole_width_range=(recipe.hole, recipe.hole),
-                p=recipe.hole_p,
-            ),
-        ]
+    blur = A.GaussianBlur(blur_limit=recipe.blur_sizes, sigma_limit=recipe.blur_sigma)
+    blur_or_noise = A.OneOf([blur, TableNoise(recipe.noise_std)], p=recipe.blur_or_noise_p)
+    colour = A.HueSaturationValue(
+        hue_shift_limit=recipe.hue,
+        sat_shift_limit=recipe.saturation,
+        val_shift_limit=recipe.value,
+        p=recipe.colour_p,
+    )
+    warp = LesionWarp(recipe, moves=full)
+    steps = (
+        [brightness, blur_or_noise, warp, colour, OneHole(recipe.hole, recipe.hole_p)] if full else [brightness, warp]
+    )
     pipeline = A.Compose(steps, seed=seed)
     return lambda image: np.ascontiguousarray(pipeline(image=image)["image"])

@@ -1,7 +1,7 @@
 """The augmentation recipe on the train worker's device: a batch of uint8 pictures at once, each with its own draw.
 
-The same probabilities and magnitudes as in the read task (data_pipelines.augmentation); all moves of pixels are
-combined in one resampling, so borders and noise differ in detail.
+The same probabilities, magnitudes and coordinates as in the read task (data_pipelines.lesion_transforms), drawn from
+another generator, and in floating point throughout.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class DeviceAugmentation:
         axis = torch.linspace(-1, 1, side, device=self._device)
         y, x = (part.expand(count, side, side) for part in torch.meshgrid(axis, axis, indexing="ij"))
         if self._full:
-            x, y = self._affine(x, y)
             x, y = self._distort(x, y)
+            x, y = self._affine(x, y)
         # The eight symmetries of the square.
         turned = self._chosen(count, 0.5)[:, None, None]
         x, y = torch.where(turned, y, x), torch.where(turned, x, y)
@@ -90,7 +90,6 @@ class DeviceAugmentation:
         on = self._chosen(count, recipe.distortion_p)
         optical = on & self._chosen(count, 0.5)
         strength = torch.where(optical, self._uniform(-recipe.distortion, recipe.distortion, count), 0.0)
-        # The camera model with a focal length of one side: radius in sides from the centre, k1 = k2.
         square = (x**2 + y**2) / 4
         radial = 1 + strength[:, None, None] * (square + square**2)
         by_grid = (on & ~optical)[:, None, None]
@@ -102,13 +101,11 @@ class DeviceAugmentation:
         recipe, count = self._recipe, len(position)
         widths = 1 + self._uniform(-recipe.distortion, recipe.distortion, count, recipe.grid_steps)
         edges = F.pad(torch.cumsum(widths, dim=1) / widths.sum(dim=1, keepdim=True), (1, 0))
-        cell = ((position + 1) / 2 * recipe.grid_steps).clamp(0, recipe.grid_steps)
+        cell = (position + 1) / 2 * recipe.grid_steps
         low = cell.floor().clamp(max=recipe.grid_steps - 1)
         index = low.long().flatten(1)
         start, end = (torch.gather(edges, 1, index + step).view_as(cell) for step in (0, 1))
-        inside = (start + (cell - low) * (end - start)) * 2 - 1
-        # What an affine move brought beyond the border stays there, for grid_sample to reflect.
-        return torch.where(position.abs() <= 1, inside, position)
+        return (start + (cell - low) * (end - start)) * 2 - 1
 
     def _blur_or_noise(self, pixels: torch.Tensor) -> torch.Tensor:
         recipe, count = self._recipe, len(pixels)
