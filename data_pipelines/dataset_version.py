@@ -51,7 +51,7 @@ class SplitSettings:
 
 
 def prepare_version(
-    images: str,
+    images: str | None,
     metadata: str,
     out: str,
     task: TaskSpec,
@@ -61,6 +61,8 @@ def prepare_version(
 ) -> dict[str, Any]:
     """Writes `<out>/<digest[:12]>/` and points `<out>/LATEST` at it; an existing version of the same digest is kept.
 
+    Without `images` every usable row is kept, and models of the version see metadata alone.
+
     Returns:
         {"dataset": folder, "digest", "num_rows", "num_quarantined", "class_counts", "reused": bool, ...}.
 
@@ -68,7 +70,10 @@ def prepare_version(
         ValueError: unreadable files, missing columns, no usable row, a class too small for the folds, or a group that
             spans two folds.
     """
-    open_hdf5(images).close()
+    if images is not None:
+        open_hdf5(images).close()
+    elif not task.columns:
+        raise ValueError(f"task {task.name} has no columns, and images is null: a model would see nothing")
     table, quarantine = read_metadata(metadata, task, require_labels=True)
     say(f"metadata: {len(table)} usable rows, {len(quarantine)} quarantined")
     if task.institution_column is not None and (table[task.institution_column] == SYNTHETIC_ATTRIBUTION).any():
@@ -76,7 +81,8 @@ def prepare_version(
         task = task.model_copy(update={"synthetic": True})
     if split.fold_by is not None and split.fold_by not in table:
         raise ValueError(f"fold_by = {split.fold_by!r}: expected a column that the task names, of {list(table)[4:]}")
-    hashes = {"images_sha256": file_sha256(images, say), "metadata_sha256": file_sha256(metadata)}
+    image_hash = {} if images is None else {"images_sha256": file_sha256(images, say)}
+    hashes = {**image_hash, "metadata_sha256": file_sha256(metadata)}
     digest = _digest(task, split, decode_check, hashes)
     folder = Path(out) / digest[:12]
     if (folder / "dataset.json").exists():
@@ -86,19 +92,24 @@ def prepare_version(
         # Named by what it depends on, so that another attempt goes on with it, also one with other folds.
         checked = json.dumps([FORMAT_VERSION, task.model_dump(mode="json"), hashes], sort_keys=True)
         work = Path(out) / f".preparing-{hashlib.sha256(checked.encode()).hexdigest()[:12]}"
-        with Progress("index", say) as progress:
-            index = kept_index(images, work, progress)
-        say(f"images: {len(index.ids)} in {index.path}")
-        table, quarantine = _match_images(table, quarantine, index, metadata)
-        if decode_check:
-            table, quarantine = _quarantine_undecodable(table, quarantine, index, metadata, work, say)
+        if not len(table):
+            raise ValueError(f"metadata file {metadata} has no usable row; {_reasons(quarantine)}")
+        if images is None:
+            table = table.sort_values("id", kind="stable").reset_index(drop=True)
+        else:
+            with Progress("index", say) as progress:
+                index = kept_index(images, work, progress)
+            say(f"images: {len(index.ids)} in {index.path}")
+            table, quarantine = _match_images(table, quarantine, index, metadata)
+            if decode_check:
+                table, quarantine = _quarantine_undecodable(table, quarantine, index, metadata, work, say)
         folds, fold_names = _folds(table, task, split, say)
         table.insert(4, "fold", folds)
         facts = {
             "task": task.model_dump(mode="json"),
             "digest": digest,
-            "images": images_location(images),
-            "images_bytes": images_bytes(images),
+            "images": None if images is None else images_location(images),
+            "images_bytes": 0 if images is None else images_bytes(images),
             **hashes,
             "num_rows": len(table),
             "num_quarantined": len(quarantine),
@@ -143,11 +154,11 @@ def _digest(task: TaskSpec, split: SplitSettings, decode_check: bool, hashes: di
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _reuse(folder: Path, images: str, digest: str) -> dict[str, Any]:
+def _reuse(folder: Path, images: str | None, digest: str) -> dict[str, Any]:
     facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     if facts["digest"] != digest:
         raise ValueError(f"{folder} holds digest {facts['digest']}; expected {digest}; move that folder away")
-    here = images_location(images)
+    here = None if images is None else images_location(images)
     if facts["images"] != here:
         # The same bytes at another path: content and byte ranges hold, only the pointer moves.
         facts["images"] = here
@@ -159,8 +170,6 @@ def _match_images(
     table: pd.DataFrame, quarantine: list[QuarantinedRow], index: Hdf5Index, metadata: str
 ) -> tuple[pd.DataFrame, list[QuarantinedRow]]:
     """Adds `offset` and `size`, keeps rows whose image is there, sorts by id."""
-    if not len(table):
-        raise ValueError(f"metadata file {metadata} has no usable row; {_reasons(quarantine)}")
     listed = {row.id for row in quarantine} | set(table["id"])
     extra = [image_id for image_id in index.ids.tolist() if image_id not in listed]
     quarantine = quarantine + [QuarantinedRow(i, "metadata_missing", "image without a metadata row") for i in extra]

@@ -28,15 +28,16 @@ class DatasetVersion:
         path: its folder.
         task: columns and classes.
         digest: sha256 over content; names the folder.
-        images_path: the HDF5 file its byte ranges point into.
-        lesions: one row per usable image: id, group, context, label, fold (-1 = gate split), offset, size, columns.
+        images_path: the HDF5 file its byte ranges point into; None for a data set of metadata alone.
+        lesions: one row per usable image: id, group, context, label, fold (-1 = gate split), offset, size (not of
+            metadata alone), columns.
         num_folds: cross-validation folds.
     """
 
     path: Path
     task: TaskSpec
     digest: str
-    images_path: str
+    images_path: str | None
     lesions: pd.DataFrame
     num_folds: int
 
@@ -85,9 +86,9 @@ def open_dataset(location: str | Path) -> DatasetVersion:
         raise ValueError(f"dataset {location} is not a prepared data set; expected a folder made by prepare_dataset")
     facts = json.loads(description.read_text(encoding="utf-8"))
     images = facts["images"]
-    if not is_url(images) and not Path(images).exists():
+    if images is not None and not is_url(images) and not Path(images).exists():
         raise ValueError(f"dataset {location}: its image file {images} does not exist any more")
-    if images_bytes(images) != facts["images_bytes"]:
+    if images is not None and images_bytes(images) != facts["images_bytes"]:
         raise ValueError(f"dataset {location}: its image file {images} has changed; run prepare_dataset again")
     return DatasetVersion(
         path=path,
@@ -134,6 +135,14 @@ def evaluation_dataset(version: DatasetVersion, folds: list[int], input_size: in
 
 def read_images(source: LesionImageDatasource) -> ray.data.Dataset:
     """The source as a dataset whose blocks stay as the read tasks yield them, in the source's order."""
+    with ray.data.DataContext.current(data_context(source)):
+        return ray.data.read_datasource(
+            source, override_num_blocks=source.num_tasks, num_cpus=task_cpus(), concurrency=max_read_tasks()
+        )
+
+
+def data_context(source: LesionImageDatasource) -> ray.data.DataContext:
+    """The caller's context with what streams this source best."""
     context = ray.data.DataContext.get_current().copy()
     # Our own progress lines say more than a bar per operator; bars of several datasets garble job logs.
     context.enable_progress_bars = False
@@ -141,10 +150,7 @@ def read_images(source: LesionImageDatasource) -> ray.data.Dataset:
     # Ray gathers blocks until they exceed this, and copies them into one; a full block of ours goes through as it is.
     context.target_max_block_size = source.rows_per_block * source.row_bytes - 1
     context.execution_options = execution_options()
-    with ray.data.DataContext.current(context):
-        return ray.data.read_datasource(
-            source, override_num_blocks=source.num_tasks, num_cpus=task_cpus(), concurrency=_max_read_tasks()
-        )
+    return context
 
 
 def execution_options() -> ray.data.ExecutionOptions:
@@ -156,7 +162,7 @@ def _small_cluster() -> bool:
     return ray.cluster_resources().get("CPU", 0.0) <= SMALL_CLUSTER_CPUS
 
 
-def _max_read_tasks() -> int | None:
+def max_read_tasks() -> int | None:
     """One read task per CPU on a small cluster, where each takes half a CPU; None leaves it to Ray.
 
     Ray keeps as many idle worker processes as there are CPUs: a third one on two CPUs would be ended and started again,

@@ -1,4 +1,5 @@
-"""Scores a metadata table with its pictures: pass 1 streams image scores, pass 2 fuses them per patient."""
+"""Scores a metadata table with its pictures: pass 1 streams image scores, pass 2 fuses them per patient. A bundle
+without an image model needs pass 2 only."""
 
 from __future__ import annotations
 
@@ -62,19 +63,57 @@ def choose_context(bundle: Bundle, table: pd.DataFrame, wanted: str) -> str:
 
 
 def score_table(
-    bundle: Bundle, images: str, metadata: str, context: str, num_scorers: int, parts: Path, say: Callable[[str], None]
+    bundle: Bundle,
+    images: str | None,
+    metadata: str,
+    context: str,
+    num_scorers: int,
+    parts: Path,
+    say: Callable[[str], None],
 ) -> ScoredTable:
     """Scores every usable row of a CSV.
 
     Args:
+        images: HDF5 file or URL; None only for a bundle of metadata alone.
         context: "auto" or one of the bundle's contexts.
         parts: folder that keeps finished scores; a run that was killed goes on from them.
 
     Raises:
-        ValueError: unreadable files, missing columns, or no row with a picture.
+        ValueError: unreadable files, missing columns, or no row that can be scored.
     """
     task = bundle.task
     table, quarantine = read_metadata(metadata, task, require_labels=False)
+    log_probabilities, without_metadata = None, 0
+    if "image" in bundle.manifest.modalities:
+        assert images is not None
+        table, log_probabilities, without_metadata = _with_image_scores(
+            bundle, images, metadata, table, quarantine, num_scorers, parts, say
+        )
+    elif table.empty:
+        raise ValueError(f"no row of {metadata} can be scored: {quarantine[-1].reason}, {quarantine[-1].detail}")
+
+    used = choose_context(bundle, table, context)
+    probabilities = _fuse(bundle, used, log_probabilities, table)
+    result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
+    if task.num_classes > 2:
+        for number, name in enumerate(task.classes):
+            result[name] = probabilities[:, number]
+    return ScoredTable(result, quarantine, used, without_metadata)
+
+
+def _with_image_scores(
+    bundle: Bundle,
+    images: str,
+    metadata: str,
+    table: pd.DataFrame,
+    quarantine: list[QuarantinedRow],
+    num_scorers: int,
+    parts: Path,
+    say: Callable[[str], None],
+) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """Pass 1: the rows with a picture, their log-probabilities float64 (N, K), and the number of pictures without a
+    row. Adds the others to `quarantine`."""
+    task = bundle.task
     with Progress("index", say) as progress:
         index = kept_index(images, parts, progress)
     location = pd.Series(np.arange(len(index.ids)), index=index.ids)
@@ -94,21 +133,14 @@ def score_table(
     table, log_probabilities = table[good].reset_index(drop=True), log_probabilities[good]
     if table.empty:
         raise ValueError(f"no picture of {images} could be decoded: {quarantine[-1].detail}")
-
-    used = choose_context(bundle, table, context)
-    probabilities = _fuse(bundle, used, log_probabilities, table)
-    result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
-    if task.num_classes > 2:
-        for number, name in enumerate(task.classes):
-            result[name] = probabilities[:, number]
-    return ScoredTable(result, quarantine, used, int(len(index.ids) - len(set(rows.ids))))
+    return table, log_probabilities, int(len(index.ids) - len(set(rows.ids)))
 
 
 def _image_scores(
     bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Pass 1: log-probabilities float64 (N, K) of all rows and the reasons of those without, scoring only what no
-    earlier attempt has kept."""
+    """Log-probabilities float64 (N, K) of all rows and the reasons of those without, scoring only what no earlier
+    attempt has kept."""
     kept = ScoreParts(parts, len(rows), bundle.task.num_classes)
     missing = np.flatnonzero(~kept.done)
     if len(missing) < len(rows):
@@ -125,16 +157,17 @@ def _image_scores(
     return kept.log_probabilities, kept.errors
 
 
-def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame) -> np.ndarray:
     """Pass 2: probabilities float64 (N, K), some thousand rows at a time: the features of a row take a hundred times
     the memory of the row. A patient's rows stay together."""
     model = bundle.contexts[context]
     groups = table["context"].to_numpy(str) if context == "patient" else None
     order = np.arange(len(table)) if groups is None else np.argsort(groups, kind="stable")
-    probabilities = np.empty_like(log_probabilities)
+    probabilities = np.empty((len(table), bundle.task.num_classes))
     for part in _whole_groups(order, groups):
         columns = None if context == "image_only" else metadata_arrays(table.iloc[part], bundle.task)
-        probabilities[part] = model.predict(log_probabilities[part], columns, None if groups is None else groups[part])
+        image = None if log_probabilities is None else log_probabilities[part]
+        probabilities[part] = model.predict(image, columns, None if groups is None else groups[part])
     return probabilities
 
 

@@ -88,12 +88,15 @@ class Bundle:
     def task(self) -> TaskSpec:
         return self.manifest.task
 
-    @property
-    def onnx_path(self) -> Path:
-        """The image model; ValueError for a bundle that scores metadata only."""
+    def _of_image_model(self, name: str) -> Path:
         if "image" not in self.manifest.modalities:
             raise ValueError(f"bundle {self.manifest.name!r} has no image model")
-        return self.directory / IMAGE_SCORER
+        return self.directory / name
+
+    @property
+    def onnx_path(self) -> Path:
+        """The image model; ValueError for a bundle that scores metadata only, as for `projection` and `parity`."""
+        return self._of_image_model(IMAGE_SCORER)
 
     @property
     def contexts(self) -> Mapping[str, ContextModel]:
@@ -102,12 +105,12 @@ class Bundle:
 
     def projection(self) -> tuple[np.ndarray, np.ndarray]:
         """(matrix float32 (D, 64), mean float32 (D,)): a logged embedding is `(embedding - mean) @ matrix`."""
-        with np.load(self.directory / PROJECTION, allow_pickle=False) as arrays:
+        with np.load(self._of_image_model(PROJECTION), allow_pickle=False) as arrays:
             return arrays["matrix"].astype(np.float32), arrays["mean"].astype(np.float32)
 
     def parity(self) -> dict[str, np.ndarray]:
         """Fixed inputs and what torch answered: images uint8 (P, S, S, 3), logits (P, K), embedding (P, D) float32."""
-        with np.load(self.directory / PARITY, allow_pickle=False) as arrays:
+        with np.load(self._of_image_model(PARITY), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("images", "logits", "embedding")}
 
     def reference(self) -> pandas.DataFrame:

@@ -236,11 +236,18 @@ def calibrator_from_json(data: dict[str, Any]) -> Calibrator:
 
 
 class OperatingPoint(BaseModel):
-    """A sensitivity reached on the calibration rows, the risk threshold that reaches it and its specificity there."""
+    """A sensitivity reached on the calibration rows, the risk threshold that reaches it and its specificity there.
+
+    `sensitivity_low`: with 95 % confidence the sensitivity on new lesions is above it, if they are like these and
+    independent (patients make them less so). The threshold being the k'th highest of n malignant risks, the sensitivity
+    it has is distributed as Beta(k, n - k + 1) whatever the risks are; this is its 5 % quantile, which is also Clopper
+    and Pearson's bound. None in models of before.
+    """
 
     sensitivity: float
     threshold: float
     specificity: float
+    sensitivity_low: float | None = None
 
 
 class Thresholds(BaseModel):
@@ -287,14 +294,21 @@ def choose_thresholds(
         raise ValueError(
             f"{int(labels.sum())} of {len(labels)} lesions are malignant; thresholds need malignant and benign ones"
         )
+    from scipy.stats import beta
+
     positives = np.sort(risk[labels])[::-1]
     points = []
     for sensitivity in sorted({*sensitivities, operating, _LOW_BAND_SENSITIVITY, _HIGH_BAND_SENSITIVITY}):
         if not 0 < sensitivity <= 1:
             raise ValueError(f"sensitivity is {sensitivity}; expected a value above 0 and at most 1")
         # 1e-9: 0.95 * 20 is 19.000000000000004 in some orders of rounding and must not become 20.
-        threshold = float(positives[max(int(np.ceil(sensitivity * len(positives) - 1e-9)), 1) - 1])
+        rank = max(int(np.ceil(sensitivity * len(positives) - 1e-9)), 1)
+        threshold = float(positives[rank - 1])
         specificity = float(np.mean(risk[~labels] < threshold))
-        points.append(OperatingPoint(sensitivity=sensitivity, threshold=threshold, specificity=specificity))
+        low = float(beta.ppf(0.05, rank, len(positives) - rank + 1))
+        point = OperatingPoint(
+            sensitivity=sensitivity, threshold=threshold, specificity=specificity, sensitivity_low=low
+        )
+        points.append(point)
     chosen = next(point for point in points if point.sensitivity == operating)
     return Thresholds(operating_sensitivity=operating, threshold=chosen.threshold, points=points)

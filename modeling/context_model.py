@@ -22,6 +22,7 @@ from modeling.calibration import (
     log_softmax,
     prior_correction,
 )
+from modeling.conformal import ConformalSets
 from modeling.metadata_features import LOG_PROBABILITY_FLOOR, FeatureSpec
 from modeling.residual_boosting import load_booster, raw_scores
 from modeling.schema import Context, TaskSpec
@@ -43,6 +44,7 @@ class ContextModel:
         scaling: fits the image's log-probabilities to the labels; None in a model without images.
         calibrator: of the risk.
         thresholds: operating points on the risk.
+        sets: conformal prediction sets; None in models of before.
         row_prior: class frequencies (K,) in the rows it was fitted on.
         population_prior: class frequencies (K,) where it is used.
         boosters: corrections to the image's logits, averaged; empty when the metadata added nothing out of fold.
@@ -61,6 +63,7 @@ class ContextModel:
     boosters: list[lightgbm.Booster] = field(default_factory=list)
     feature_names: list[str] = field(default_factory=list)
     num_rounds: int = 0
+    sets: ConformalSets | None = None
 
     @property
     def context(self) -> Context:
@@ -116,6 +119,7 @@ class ContextModel:
             "num_rounds": self.num_rounds,
             "calibration": self.calibrator.to_json(),
             "thresholds": self.thresholds.model_dump(),
+            "conformal": None if self.sets is None else self.sets.model_dump(),
             "row_prior": self.row_prior.tolist(),
             "population_prior": self.population_prior.tolist(),
         }
@@ -154,6 +158,7 @@ class ContextModel:
             boosters=[load_booster(path.with_name(f"booster_{i}.txt")) for i in range(data["num_boosters"])],
             feature_names=data["feature_names"],
             num_rounds=data["num_rounds"],
+            sets=ConformalSets(**data["conformal"]) if data.get("conformal") else None,
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from modeling.calibration import CALIBRATORS, ClassScaling, choose_thresholds, log_softmax
+from modeling.conformal import ConformalSets
 from modeling.context_model import ContextModel, checked_image, image_margins, to_probabilities
 from modeling.metadata_features import FeatureSpec
 from modeling.residual_boosting import finish, grow, leave_out_at_random, raw_scores, start_booster
@@ -48,6 +49,7 @@ class FusionConfig(BaseModel):
     calibration: Literal["platt", "isotonic"] = "platt"
     sensitivities: tuple[float, ...] = (0.8, 0.9, 0.95)
     operating_sensitivity: float = Field(default=0.95, gt=0, le=1)
+    conformal_error: float = Field(default=0.1, gt=0, lt=1, description="share of a class whose sets may lack it")
     num_threads: int = Field(default=1, ge=1, description="LightGBM threads while training")
 
     def lightgbm_parameters(self, seed: int, bag: int) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def fit_context_model(
         scaling=scaling,
         calibrator=calibrator,
         thresholds=choose_thresholds(malignant, risk, config.sensitivities, config.operating_sensitivity),
+        sets=ConformalSets.fit(calibrated, labels, config.conformal_error),
         row_prior=row_prior,
         population_prior=population,
         **trees,

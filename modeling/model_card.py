@@ -16,6 +16,7 @@ _CONTEXTS = {
     "none": "the image and the lesion's own metadata",
     "patient": "as `none`, plus how the lesion compares with the patient's other lesions",
 }
+_TABULAR_CONTEXTS = _CONTEXTS | {"none": "the lesion's own metadata; this model sees no image"}
 _INTERVALS = {"auc": "AUC", "pauc": "pAUC above 80 % sensitivity (0-0.2)", "balanced_accuracy": "balanced accuracy"}
 _NUMBERS = {
     "accuracy": "accuracy",
@@ -64,12 +65,73 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]], contexts: list[str]) 
     return rows
 
 
-def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def _conformal_rows(clinical: Mapping[str, Mapping[str, Any]], contexts: list[str]) -> list[list[str]]:
+    """Sets of classes instead of one: how often the true class is among them, and how many classes they hold."""
+    reports = [clinical[context]["conformal"] for context in contexts]
+    lowest = [min((share for share in r["coverage"].values() if share is not None), default=None) for r in reports]
+    return [
+        [f"prediction sets for {reports[0]['target']:.0%}: lowest coverage of a class", *map(_number, lowest)],
+        ["prediction sets: classes in a set, mean", *(_number(report["mean_size"]) for report in reports)],
+    ]
+
+
+def _clinical_lines(clinical: Mapping[str, Mapping[str, Any]], context: str) -> list[str]:
+    """Operating points and subgroups of one context."""
+    report = clinical[context]
+    points = [
+        [
+            f"{point['sensitivity']:.2f}",
+            f"{point['threshold']:.4g}",
+            _number(point["sensitivity_low"]),
+            _number(point["measured_sensitivity"]),
+            _number(point["measured_specificity"]),
+            "none found" if point["needed_to_triage"] is None else f"{point['needed_to_triage']:.1f}",
+        ]
+        for point in report["operating_points"]
+    ]
+    header = [
+        "chosen for sensitivity",
+        "risk from",
+        "95 % lower bound",
+        "sensitivity",
+        "specificity",
+        "lesions a cancer",
+    ]
+    lines = [f"### Operating points of `{context}`", "", *_table(header, points), ""]
+    lines += [
+        "Thresholds and lower bounds come from out-of-fold predictions, the other columns from the gate split. The "
+        "last one: how many lesions are looked at for every cancer found.",
+        "",
+    ]
+    if report["subgroups"]:
+        measures = ("auc", "sensitivity", "specificity")
+        rows = [
+            [
+                row["column"],
+                row["value"],
+                f"{row['n']} ({row['n_malignant']})",
+                *(_number(row[name]) for name in measures),
+            ]
+            for row in report["subgroups"]
+        ]
+        lines += [f"### Subgroups of the gate split, `{context}`", ""]
+        lines += _table(["", "", "lesions (malignant)", "AUC", "sensitivity", "specificity"], rows)
+        lines += ["", "With fewer than 10 malignant lesions a subgroup is counted but not judged.", ""]
+    return lines
+
+
+def render_model_card(
+    manifest_fields: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    clinical: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """Markdown text of `model_card.md`.
 
     Args:
         manifest_fields: fields of `BundleManifest`; `files` is not needed.
         metrics: per context the report that `modeling.metrics.evaluate` made on the gate split.
+        clinical: per context the report of `training.clinical_report`, for operating points, prediction sets and
+            subgroups.
 
     Raises:
         ValueError: a context of the manifest has no metrics.
@@ -79,6 +141,12 @@ def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, 
     if missing:
         raise ValueError(f"model card: no metrics for contexts {missing}")
     task, contexts = manifest.task, list(manifest.contexts)
+    has_image = "image" in manifest.modalities
+    described = _CONTEXTS if has_image else _TABULAR_CONTEXTS
+    network = (
+        f"network `{manifest.backbone}`, input {manifest.input_size} x {manifest.input_size} RGB, "
+        f"embedding {manifest.embedding_dim}"
+    )
     few = min(int(metrics[context].get("n_malignant") or 0) for context in contexts)
     shares = [
         [name, "yes" if name in task.malignant else "no", f"{population:.4f}", f"{sampling:.4f}"]
@@ -94,12 +162,13 @@ def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, 
         "",
         "## Intended use",
         "",
-        "Research, and ranking lesion images so that a dermatologist looks at the most suspicious ones first. Every "
+        f"Research, and ranking {'lesion images' if has_image else 'lesions'} so that a dermatologist looks at the "
+        "most suspicious ones first. Every "
         "lesion still needs a person's judgement: a low risk is no reason to skip an examination.",
         "",
         "It answers in these contexts:",
         "",
-        *(f"- `{context}`: {_CONTEXTS[context]}" for context in contexts),
+        *(f"- `{context}`: {described[context]}" for context in contexts),
         "",
         "## Data",
         "",
@@ -114,8 +183,12 @@ def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, 
         "The gate split trained nothing. Intervals are 95 %, from a bootstrap over "
         f"`{task.fold_group}`; risk = P(malignant).",
         "",
-        *_table(["", *(f"`{context}`" for context in contexts)], _metric_rows(metrics, contexts)),
+        *_table(
+            ["", *(f"`{context}`" for context in contexts)],
+            _metric_rows(metrics, contexts) + (_conformal_rows(clinical, contexts) if clinical else []),
+        ),
         "",
+        *(_clinical_lines(clinical, contexts[-1]) if clinical else []),
         "## Limits",
         "",
         *(
@@ -130,8 +203,7 @@ def render_model_card(manifest_fields: Mapping[str, Any], metrics: Mapping[str, 
         "",
         "## How it was made",
         "",
-        f"- network `{manifest.backbone}`, input {manifest.input_size} x {manifest.input_size} RGB, "
-        f"embedding {manifest.embedding_dim}",
+        f"- {network if has_image else 'boosted trees on metadata alone, no network'}",
         f"- code {manifest.git_commit}, created {manifest.created_at}",
         "- resolved training config: `training` in `manifest.json`",
         "",

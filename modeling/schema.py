@@ -133,3 +133,8 @@ class TaskSpec(BaseModel):
             if self.context_group is not None:
                 names.append("patient")
         return names
+
+    @property
+    def tabular_contexts(self) -> list[Context]:
+        """Contexts of a model that sees metadata alone."""
+        return [name for name in self.contexts if name != "image_only"]

@@ -25,6 +25,7 @@ class GateRules(BaseModel):
         max_auc_drop, max_pauc_drop: how much worse than the champion the point estimate may be.
         min_calibration_slope, max_calibration_slope: 1 is ideal; below 1 the risks are too extreme.
         require_engine_parity: an engine set must exist, and every device's must hold an engine that agrees with torch.
+            Not asked of a bundle without an image model.
         require_same_task: a champion of other classes is not replaced: callers would read the answers wrongly.
     """
 
@@ -172,7 +173,7 @@ def check_gate(
             value = f"{candidate.task.name}: {', '.join(candidate.task.classes)}"
             limit = f"the champion's {champion.task.name}: {', '.join(champion.task.classes)}"
             results.append(RuleResult(rule="require_same_task", context="", value=value, limit=limit, passed=same))
-    if rules.require_engine_parity:
+    if rules.require_engine_parity and "image" in candidate.manifest.modalities:
         results.append(_engine_result(engine_sets))
     return GateReport(
         bundle_digest=candidate.digest, champion_digest=champion.digest if champion else None, results=results

@@ -19,7 +19,9 @@ from ray_jobs.job import JobConfig, Location, run_job, say
 
 
 class PrepareDatasetConfig(JobConfig):
-    images: Location = Field(description="HDF5 file or URL, one dataset of encoded bytes per image id")
+    images: Location | None = Field(
+        description="HDF5 file or URL, one dataset of encoded bytes per image id; null: metadata alone"
+    )
     metadata: Location = Field(description="CSV with ids, groups, labels and features")
     out: Location = Field(description="folder that holds this data set's versions")
     task: TaskSpec

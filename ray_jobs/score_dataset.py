@@ -22,7 +22,7 @@ from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 
 
 class ScoreDatasetConfig(JobConfig):
-    images: Location = Field(description="HDF5 file, one dataset per image id")
+    images: Location | None = Field(None, description="HDF5 file, one dataset per image id; null: metadata alone")
     metadata: Location = Field(description="CSV with the model's id and metadata columns")
     out: Location = Field(description=".csv or .parquet")
     model: str = Field("champion", description="registry alias, version number, or a bundle's path")
@@ -55,15 +55,19 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     partial.replace(out)
 
 
-def parts_folder(out: Path, bundle_digest: str, images: str, metadata: str) -> Path:
+def parts_folder(out: Path, bundle_digest: str, images: str | None, metadata: str) -> Path:
     """Where unfinished scores of exactly this model and these files are kept, beside the output.
 
     The pictures are known by place, size and time: hashing gigabytes would cost more than most interruptions.
     """
-    changed = None if is_url(images) else Path(images).stat().st_mtime_ns
+    if images is None:
+        facts: list[object] = []
+    else:
+        changed = None if is_url(images) else Path(images).stat().st_mtime_ns
+        facts = [images_location(images), images_bytes(images), changed]
     # A table that is not there is reported when it is read.
     table = file_sha256(metadata) if Path(metadata).is_file() else ""
-    identity = json.dumps([bundle_digest, images_location(images), images_bytes(images), changed, table])
+    identity = json.dumps([bundle_digest, *facts, table])
     return out.parent / f".{out.name}.parts-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
@@ -73,9 +77,14 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
         raise ValueError(f"out = {config.out!r}: expected a name ending in .csv or .parquet")
     bundle, name = open_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
     say(f"scoring with {name} ({bundle.task.name}, {bundle.manifest.backbone})")
-    open_hdf5(config.images).close()
+    reads_images = "image" in bundle.manifest.modalities
+    if reads_images:
+        if config.images is None:
+            raise ValueError(f"images is null; model {name} reads pictures: expected an HDF5 file")
+        open_hdf5(config.images).close()
     parts = parts_folder(out, bundle.digest, config.images, config.metadata)
-    connect_ray()
+    if reads_images:
+        connect_ray()
     scored = score_table(bundle, config.images, config.metadata, config.context, config.num_scorers, parts, say)
     write_table(scored.table, out)
     for left in out.parent.glob(f".{out.name}.parts-*"):

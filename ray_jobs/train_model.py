@@ -16,10 +16,11 @@ from pydantic import Field
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
-from training.config import TrainingConfig
-from training.evaluation_plots import plot_evaluation
+from training.config import BuildConfig, TrainingConfig
+from training.context_models import ContextResults
+from training.evaluation_plots import plot_clinical, plot_evaluation
 from training.image_models import RunFolder, train_image_models
-from training.model_building import BuildConfig, build_bundle
+from training.model_building import build_bundle
 
 
 class TrainModelConfig(JobConfig):
@@ -59,17 +60,24 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def write_report(folder: Path, bundle: Path, version: DatasetVersion, evaluation: dict[str, Any]) -> None:
-    """`evaluation.json` and `evaluation.png` for the run folder and MLflow."""
+def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: ContextResults) -> None:
+    """`evaluation.json`, pictures and the missed cancers' ids, for the run folder and MLflow."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
+    evaluation = results.evaluation
     (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1), encoding="utf-8")
+    (folder / "comparison.json").write_text(json.dumps(results.comparison, indent=1), encoding="utf-8")
+    for context, missed in results.missed.items():
+        missed.to_csv(folder / f"missed_cancers_{context}.csv", index=False)
     reference = pd.read_parquet(bundle / "reference.parquet")
     malignant = reference["label"].isin(version.task.malignant).to_numpy()
     risks = {name: reference[f"risk_{name}"].to_numpy() for name in evaluation}
     title = version.task.name + (" (synthetic)" if version.task.synthetic else "")
-    plot_evaluation(folder / "evaluation.png", malignant, risks, title)
+    has_image = version.images_path is not None
+    clinical = {context: report["clinical"] for context, report in evaluation.items()}
+    plot_evaluation(folder / "evaluation.png", malignant, risks, title, has_image)
+    plot_clinical(folder / "clinical.png", malignant, risks, clinical, version.task.classes, title, has_image)
 
 
 def summary(gate: dict[str, Any]) -> dict[str, Any]:
@@ -83,34 +91,44 @@ def summary(gate: dict[str, Any]) -> dict[str, Any]:
 
 def run(config: TrainModelConfig) -> dict[str, Any]:
     version = open_dataset(config.dataset)
-    connect_ray()
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = RunFolder(Path(config.runs) / run_name, config.training, version)
-    out_of_fold, fold_metrics, refit = train_image_models(config.training, version, folder, config.max_concurrent, say)
+    out_of_fold, fold_metrics, scorer = None, [], None
+    if version.images_path is None:
+        say(f"{version.task.name} has no pictures: the model sees metadata alone")
+    else:
+        connect_ray()
+        out_of_fold, fold_metrics, refit = train_image_models(
+            config.training, version, folder, config.max_concurrent, say
+        )
+        scorer = refit.scorer(config.training, version.task)
 
     directory = Path(config.bundles) / run_name
     if directory.exists():
         # Left by an attempt that died before its candidate was registered; nothing refers to it.
         shutil.rmtree(directory)
-    digest, evaluation = build_bundle(
+    digest, results = build_bundle(
         directory,
         version,
         config.training,
         config.build,
-        refit.scorer(config.training, version.task),
+        scorer,
         out_of_fold,
         git_commit(),
         say,
     )
     report = folder.path / "report"
-    write_report(report, directory, version, evaluation)
+    write_report(report, directory, version, results)
     say("registering the bundle as a candidate")
     registry = Registry(config.tracking_uri, config.model_name, config.artifact_root)
     registered = registry.log_candidate(
         directory,
         run_name=run_name,
-        params={"dataset": version.digest, **_flatten(config.training.model_dump())},
-        metrics=flat_metrics(evaluation)
+        params={
+            "dataset": version.digest,
+            **_flatten(config.training.model_dump() if scorer else config.build.model_dump()),
+        },
+        metrics=flat_metrics(results.evaluation)
         | {f"fold_{row['fold']}.{name}": float(row[name]) for row in fold_metrics for name in ("auc", "pauc")},
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},
@@ -122,7 +140,8 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         "run_name": run_name,
         "report": str(report),
         "synthetic": version.task.synthetic,
-        "gate": {context: summary(splits["gate"]) for context, splits in evaluation.items()},
+        "gate": {context: summary(splits["gate"]) for context, splits in results.evaluation.items()},
+        "gains": [row for row in results.comparison["gains"]["gate"] if row["model"] == list(results.evaluation)[-1]],
     }
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.epoch_sampling import SamplingConfig
+from modeling.metadata_fusion import FusionConfig
 
 
 class ModelConfig(BaseModel):
@@ -70,3 +71,13 @@ class TrainingConfig(BaseModel):
         Counts the cores this process may use, which a container or a CPU set can make fewer than the machine has.
         """
         return self.workers.torch_threads or len(os.sched_getaffinity(0))
+
+
+class BuildConfig(BaseModel):
+    """What follows the image models."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fusion: FusionConfig = Field(default_factory=FusionConfig)
+    num_bootstrap: int = Field(500, ge=50, le=100_000, description="group resamples behind every interval")
+    num_scorers: int = Field(1, ge=1, le=1024)

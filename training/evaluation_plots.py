@@ -1,21 +1,29 @@
-"""The two pictures people ask for first: ROC with the region the pAUC counts, and calibration."""
+"""The pictures people ask for: ROC with the region the pAUC counts, calibration, precision-recall, decision curve,
+confusion matrix and subgroups."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 MIN_TPR = 0.8
 
 
+def _names(has_image: bool) -> dict[str, str]:
+    metadata = "image + metadata" if has_image else "metadata"
+    return {"image_only": "image", "none": metadata, "patient": f"{metadata} + patient"}
+
+
 def plot_evaluation(
-    path: Path, malignant: np.ndarray, risks: dict[str, np.ndarray], title: str, num_bins: int = 10
+    path: Path, malignant: np.ndarray, risks: dict[str, np.ndarray], title: str, has_image: bool, num_bins: int = 10
 ) -> None:
     """Draws ROC and calibration of each context's risk.
 
     Args:
         malignant: bool (N,).
+        has_image: whether the model sees pictures, for the legend.
         risks: context -> calibrated P(malignant) float (N,).
     """
     import matplotlib
@@ -24,7 +32,7 @@ def plot_evaluation(
     from matplotlib import pyplot
     from sklearn.metrics import roc_curve
 
-    names = {"image_only": "image", "none": "image + metadata", "patient": "image + metadata + patient"}
+    names = _names(has_image)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     left.axhspan(MIN_TPR, 1.0, color="#f0c05a", alpha=0.25, lw=0, label="pAUC counts here (sensitivity ≥ 0.8)")
     largest = 0.0
@@ -55,3 +63,80 @@ def plot_evaluation(
     figure.suptitle(f"{title}: gate split, n = {len(malignant)}, {int(malignant.sum())} malignant")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def plot_clinical(
+    path: Path,
+    malignant: np.ndarray,
+    risks: dict[str, np.ndarray],
+    clinical: dict[str, dict[str, Any]],
+    classes: list[str],
+    title: str,
+    has_image: bool,
+) -> None:
+    """Draws precision-recall and decision curves of each context, confusion matrix and subgroups of the last one.
+
+    Args:
+        malignant: bool (N,).
+        risks: context -> calibrated P(malignant) float (N,).
+        clinical: context -> report of `training.clinical_report`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from sklearn.metrics import precision_recall_curve
+
+    names, last = _names(has_image), list(clinical)[-1]
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
+    curve, decision, confusion, subgroups = axes.ravel()
+    for context, scores in risks.items():
+        precision, recall, _ = precision_recall_curve(malignant, scores)
+        curve.plot(recall, precision, lw=1.6, label=names.get(context, context))
+        rows = clinical[context]["net_benefit"]
+        thresholds = [row["threshold"] for row in rows]
+        decision.plot(thresholds, [row["model"] for row in rows], "o-", ms=4, lw=1.6, label=names.get(context, context))
+    curve.axhline(malignant.mean(), ls=":", color="grey", lw=1, label="prevalence")
+    curve.set(xlabel="sensitivity (recall)", ylabel="precision", title="Precision-recall", xlim=(0, 1), ylim=(0, 1.02))
+    curve.legend(frameon=False)
+    decision.plot(thresholds, [row["treat_all"] for row in rows], ":", color="grey", label="treat all")
+    decision.axhline(0, color="black", lw=0.8, label="treat none")
+    decision.set(
+        xscale="log", xlabel="risk from which one would act", ylabel="net benefit per lesion", title="Decision curve"
+    )
+    decision.legend(frameon=False)
+    _confusion(confusion, np.array(clinical[last]["confusion"]), classes, names.get(last, last))
+    _subgroups(subgroups, clinical[last]["subgroups"], names.get(last, last))
+    figure.suptitle(f"{title}: gate split, n = {len(malignant)}, {int(malignant.sum())} malignant")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _confusion(axes: Any, counts: np.ndarray, classes: list[str], name: str) -> None:
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        shade = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=9)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="most probable class", ylabel="true class", title=f"Confusion matrix, {name} (shade: share of row)")
+
+
+def _subgroups(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+    """Sensitivity and specificity at the operating threshold; a subgroup with few cancers shows no sensitivity."""
+    from matplotlib.lines import Line2D
+
+    rows = rows[:24]
+    colours = {"sensitivity": "#b5473c", "specificity": "#3c6eb5"}
+    for position, row in enumerate(rows):
+        for measure, colour in colours.items():
+            if row[measure] is not None:
+                axes.plot(row[measure], position, "o", color=colour, ms=5)
+    labels = [f"{row['column']}: {row['value']} ({row['n_malignant']}/{row['n']})" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlim=(0, 1.03), title=f"Subgroups at the operating threshold, {name} (malignant/all)")
+    handles = [Line2D([], [], marker="o", ls="", color=colour, label=measure) for measure, colour in colours.items()]
+    axes.legend(handles=handles, frameon=False, loc="lower left")

@@ -1,0 +1,123 @@
+"""The part of an evaluation that a dermatologist and a regulator read: operating points, subgroups, net benefit, paired
+gains, and which cancers were missed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from modeling.calibration import Thresholds
+from modeling.clinical_tables import (
+    age_bands,
+    confusion_matrix,
+    needed_to_triage,
+    net_benefit,
+    skin_tones,
+    subgroup_table,
+    top_retrieval,
+)
+from modeling.conformal import ConformalSets
+from modeling.metrics import clustered_bootstrap, partial_auc_above_tpr, risk, roc_auc, sensitivity_specificity
+from modeling.schema import TaskSpec
+
+_AGE_COLUMNS = ("age_approx", "age")
+_SKIN_COLUMNS = ("tbp_lv_Lext", "tbp_lv_Bext")
+
+
+def clinical_report(
+    task: TaskSpec,
+    lesions: pd.DataFrame,
+    probabilities: np.ndarray,
+    thresholds: Thresholds,
+    sets: ConformalSets,
+) -> dict[str, Any]:
+    """Tables of one model on held-out lesions, JSON-ready.
+
+    Args:
+        lesions: rows of a dataset version (N,).
+        probabilities: calibrated class probabilities float64 (N, K).
+        thresholds, sets: of the model, chosen on other rows.
+    """
+    labels = lesions["label"].to_numpy(np.int64)
+    malignant, risks = task.malignant_mask[labels], risk(probabilities, task)
+    points = []
+    for point in thresholds.points:
+        sensitivity, specificity = sensitivity_specificity(malignant, risks, point.threshold)
+        measured = {"measured_sensitivity": sensitivity, "measured_specificity": specificity}
+        points.append(
+            point.model_dump(include={"sensitivity", "sensitivity_low", "threshold"})
+            | {name: None if np.isnan(value) else float(value) for name, value in measured.items()}
+            | {"needed_to_triage": needed_to_triage(malignant, risks, point.threshold)}
+        )
+    patients = lesions["context"].to_numpy(str)
+    return {
+        "operating_points": points,
+        "net_benefit": net_benefit(malignant, risks),
+        "top_retrieval": top_retrieval(malignant, risks, patients) if task.context_group else None,
+        "confusion": confusion_matrix(labels, probabilities.argmax(axis=1), task.num_classes),
+        "subgroups": subgroup_table(malignant, risks, thresholds.threshold, subgroup_columns(task, lesions)),
+        "conformal": sets.coverage(probabilities, labels, task.classes),
+    }
+
+
+def subgroup_columns(task: TaskSpec, lesions: pd.DataFrame) -> dict[str, Sequence]:
+    """What the report looks at separately: the task's subgroups, body site, institution, age band and skin tone."""
+    names = [*task.subgroup_columns, task.site_column, task.institution_column]
+    columns: dict[str, Sequence] = {name: lesions[name].to_numpy() for name in dict.fromkeys(names) if name is not None}
+    for name in _AGE_COLUMNS:
+        if name in task.numeric_columns:
+            columns["age"] = age_bands(lesions[name])
+            break
+    if set(_SKIN_COLUMNS) <= set(task.numeric_columns):
+        columns["skin tone"] = skin_tones(*(lesions[name] for name in _SKIN_COLUMNS))
+    return columns
+
+
+def paired_gains(
+    malignant: np.ndarray, risks: Mapping[str, np.ndarray], groups: Sequence, num_bootstrap: int, seed: int
+) -> list[dict[str, Any]]:
+    """How much each model gains over each one named before it, on the same lesions and the same resampled groups.
+
+    Args:
+        malignant: bool (N,).
+        risks: model -> P(malignant) float (N,).
+        groups: (N,), resampled together.
+
+    Returns:
+        Rows {model, against, pauc, auc}, the last two as {value, low, high}, None where undefined.
+    """
+    names = list(risks)
+    pairs = [(later, earlier) for index, later in enumerate(names) for earlier in names[:index]]
+    if not pairs:
+        return []
+
+    def gains(rows: np.ndarray) -> np.ndarray:
+        own = malignant[rows]
+        pauc = {name: partial_auc_above_tpr(own, risks[name][rows]) for name in names}
+        auc = {name: roc_auc(own, risks[name][rows]) for name in names}
+        return np.array([[value[a] - value[b] for value in (pauc, auc)] for a, b in pairs])
+
+    point = gains(np.arange(len(malignant)))
+    low, high = clustered_bootstrap(gains, groups, num_bootstrap, seed)
+
+    def entry(index: int, measure: int) -> dict[str, float | None]:
+        values = {"value": point, "low": low, "high": high}
+        return {k: None if np.isnan(v[index, measure]) else float(v[index, measure]) for k, v in values.items()}
+
+    return [
+        {"model": a, "against": b, "pauc": entry(index, 0), "auc": entry(index, 1)}
+        for index, (a, b) in enumerate(pairs)
+    ]
+
+
+def missed_cancers(task: TaskSpec, lesions: pd.DataFrame, probabilities: np.ndarray, threshold: float) -> pd.DataFrame:
+    """Malignant lesions below the threshold, lowest risk first: id, class, risk. For a report that stays in house."""
+    labels = lesions["label"].to_numpy(np.int64)
+    risks = risk(probabilities, task)
+    missed = np.flatnonzero(task.malignant_mask[labels] & (risks < threshold))
+    missed = missed[np.argsort(risks[missed], kind="stable")]
+    table = {"id": lesions["id"].to_numpy()[missed], "class": np.array(task.classes, dtype=object)[labels[missed]]}
+    return pd.DataFrame(table | {"risk": risks[missed]})

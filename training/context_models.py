@@ -1,0 +1,151 @@
+"""One fusion model per context: fitted out of fold, saved into the bundle, evaluated on the gate split, and compared
+with the others and with a model of metadata alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data_pipelines.image_dataset import DatasetVersion, training_shares
+from data_pipelines.table_scoring import metadata_arrays
+from modeling.metadata_fusion import ContextModel, fit_context_model
+from modeling.metrics import evaluate, risk
+from modeling.schema import Context
+from training.clinical_report import clinical_report, missed_cancers, paired_gains
+from training.config import BuildConfig, TrainingConfig
+
+TABULAR_ONLY = "tabular_only"
+
+
+@dataclass
+class ContextResults:
+    """What was measured.
+
+    Attributes:
+        evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical"}, JSON-ready.
+        comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
+            rows of `paired_gains`}.
+        gate_probabilities: context -> float64 (N, K) of the gate split's rows.
+        missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
+    """
+
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    comparison: dict[str, Any] = field(default_factory=dict)
+    gate_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
+    missed: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+def priors(version: DatasetVersion, training: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Class shares float64 (K,) that the network trained at, and those of the data; without a network, the latter."""
+    sampling, population = training_shares(version, version.training_folds, training.sampling)
+    return (population if version.images_path is None else sampling), population
+
+
+def fit_contexts(
+    directory: Path,
+    version: DatasetVersion,
+    training: TrainingConfig,
+    config: BuildConfig,
+    out_of_fold: np.ndarray | None,
+    gate_images: np.ndarray | None,
+    say: Callable[[str], None],
+) -> ContextResults:
+    """Fits, saves and evaluates every context's model.
+
+    Args:
+        directory: the bundle's.
+        out_of_fold, gate_images: log-probabilities float64 (N, K) of the training and gate rows in table order; None
+            without a network.
+    """
+    fitting = _Fitting(version, training, config)
+    results = ContextResults()
+    risks: dict[str, dict[str, np.ndarray]] = {"gate": {}, "out_of_fold": {}}
+    task = version.task
+    for context in task.contexts if gate_images is not None else task.tabular_contexts:
+        say(f"context {context}: fusion, calibration, thresholds, evaluation")
+        model, fused = fitting.fit(context, out_of_fold)
+        probabilities = fitting.predict(model, context, gate_images)
+        report = fitting.evaluate(model, probabilities, fused)
+        results.evaluation[context], results.gate_probabilities[context] = report, probabilities
+        results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, model.thresholds.threshold)
+        risks["gate"][context], risks["out_of_fold"][context] = risk(probabilities, task), risk(fused, task)
+        model.save(directory / "contexts" / context)
+        path = directory / "contexts" / context / "metrics.json"
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    results.comparison[TABULAR_ONLY] = None
+    if gate_images is not None and task.columns:
+        say("metadata alone, to compare with")
+        context = task.tabular_contexts[-1]
+        model, fused = fitting.fit(context, None)
+        probabilities = fitting.predict(model, context, None)
+        results.comparison[TABULAR_ONLY] = fitting.evaluate(model, probabilities, fused)
+        # First, so that every other model's gain over it is measured.
+        risks["gate"] = {TABULAR_ONLY: risk(probabilities, task)} | risks["gate"]
+        risks["out_of_fold"] = {TABULAR_ONLY: risk(fused, task)} | risks["out_of_fold"]
+    say("paired differences between the models")
+    results.comparison["gains"] = {split: fitting.gains(split, scores) for split, scores in risks.items()}
+    return results
+
+
+class _Fitting:
+    """What all contexts' models share: rows, labels, groups, settings."""
+
+    def __init__(self, version: DatasetVersion, training: TrainingConfig, config: BuildConfig):
+        self.task, self.config, self.seed = version.task, config, training.seed
+        self.train = version.lesions.iloc[version.training_positions]
+        self.held_out = version.lesions.iloc[version.gate_positions]
+        self.num_folds = version.num_folds
+        self.labels, self.folds = (self.train[name].to_numpy(np.int64) for name in ("label", "fold"))
+        self.priors = priors(version, training)
+
+    def fit(self, context: Context, images: np.ndarray | None) -> tuple[ContextModel, np.ndarray]:
+        groups = self.train["context" if context == "patient" else "group"].to_numpy(str)
+        columns = metadata_arrays(self.train, self.task)
+        sampling, population = self.priors
+        return fit_context_model(
+            context,
+            self.task,
+            images,
+            columns,
+            self.labels,
+            groups,
+            self.folds,
+            self.config.fusion,
+            sampling,
+            population,
+            self.seed,
+        )
+
+    def predict(self, model: ContextModel, context: Context, images: np.ndarray | None) -> np.ndarray:
+        """Probabilities float64 (N, K) of the gate split's rows."""
+        if context == "image_only":
+            return model.predict(images, None, None)
+        groups = self.held_out["context"].to_numpy(str) if context == "patient" else None
+        return model.predict(images, metadata_arrays(self.held_out, self.task), groups)
+
+    def evaluate(self, model: ContextModel, probabilities: np.ndarray, fused: np.ndarray) -> dict[str, Any]:
+        def measure(table: pd.DataFrame, values: np.ndarray) -> dict[str, Any]:
+            labels, groups = table["label"].to_numpy(np.int64), table["group"].to_numpy(str)
+            limit, samples = model.thresholds.threshold, self.config.num_bootstrap
+            return evaluate(self.task, labels, values, groups, limit, samples, self.seed)
+
+        folds = [self.folds == fold for fold in range(self.num_folds)]
+        assert model.sets is not None
+        return {
+            "gate": measure(self.held_out, probabilities),
+            "out_of_fold": measure(self.train, fused),
+            "per_fold": [measure(self.train[rows], fused[rows]) for rows in folds],
+            "clinical": clinical_report(self.task, self.held_out, probabilities, model.thresholds, model.sets),
+        }
+
+    def gains(self, split: str, risks: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        table = self.held_out if split == "gate" else self.train
+        malignant = self.task.malignant_mask[table["label"].to_numpy(np.int64)]
+        return paired_gains(malignant, risks, table["group"].to_numpy(str), self.config.num_bootstrap, self.seed)
