@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 MIN_TPR = 0.8
+MAX_SUBGROUPS, MAX_LABEL = 36, 40
 
 
 def _names(has_image: bool) -> dict[str, str]:
@@ -88,8 +89,13 @@ def plot_clinical(
     from sklearn.metrics import precision_recall_curve
 
     names, last = _names(has_image), list(clinical)[-1]
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
-    curve, decision, confusion, subgroups = axes.ravel()
+    figure, axes = pyplot.subplot_mosaic(
+        [["curve", "confusion", "subgroups"], ["decision", "confusion", "subgroups"]],
+        figsize=(17, 9),
+        width_ratios=[1.1, 1, 0.9],
+        layout="constrained",
+    )
+    curve, decision, confusion, subgroups = (axes[name] for name in ("curve", "decision", "confusion", "subgroups"))
     for context, scores in risks.items():
         precision, recall, _ = precision_recall_curve(malignant, scores)
         curve.plot(recall, precision, lw=1.6, label=names.get(context, context))
@@ -120,23 +126,26 @@ def _confusion(axes: Any, counts: np.ndarray, classes: list[str], name: str) -> 
         axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="most probable class", ylabel="true class", title=f"Confusion matrix, {name} (shade: share of row)")
+    axes.set(xlabel="most probable class", ylabel="true class", title=f"Confusion matrix\n{name}; shade: share of row")
 
 
 def _subgroups(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     """Sensitivity and specificity at the operating threshold; a subgroup with few cancers shows no sensitivity."""
     from matplotlib.lines import Line2D
 
-    rows = rows[:24]
+    rows = rows[:MAX_SUBGROUPS]
     colours = {"sensitivity": "#b5473c", "specificity": "#3c6eb5"}
     for position, row in enumerate(rows):
         for measure, colour in colours.items():
             if row[measure] is not None:
                 axes.plot(row[measure], position, "o", color=colour, ms=5)
-    labels = [f"{row['column']}: {row['value']} ({row['n_malignant']}/{row['n']})" for row in rows]
+    names = [f"{row['column']}: {row['value']}" for row in rows]
+    # Institutions' names would leave no room for the points.
+    names = [f"{text[: MAX_LABEL - 1]}…" if len(text) > MAX_LABEL else text for text in names]
+    labels = [f"{text} ({row['n_malignant']}/{row['n']})" for text, row in zip(names, rows, strict=True)]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set(xlim=(0, 1.03), title=f"Subgroups at the operating threshold, {name} (malignant/all)")
+    axes.set(xlim=(0, 1.03), title=f"Subgroups at the operating threshold\n{name} (malignant/all)")
     handles = [Line2D([], [], marker="o", ls="", color=colour, label=measure) for measure, colour in colours.items()]
     axes.legend(handles=handles, frameon=False, loc="lower left")
