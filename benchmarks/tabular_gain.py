@@ -24,7 +24,7 @@ from data_pipelines.metadata_table import read_metadata
 from data_pipelines.stratified_folds import assign_folds
 from data_pipelines.table_scoring import metadata_arrays
 from modeling.metadata_fusion import FusionConfig, fit_context_model
-from modeling.metrics import clustered_bootstrap, partial_auc_above_tpr, risk, roc_auc
+from modeling.metrics import clustered_bootstrap, partial_auc_above_tpr, resampled_areas, risk, roc_auc
 from modeling.schema import TaskSpec
 from ray_jobs.job import REPO_ROOT, read_yaml
 
@@ -84,9 +84,10 @@ def summarise(table: pd.DataFrame, task: TaskSpec, repeats: list[dict[str, np.nd
     malignant = task.malignant_mask[table["label"].to_numpy(np.int64)]
     names = list(repeats[0])
 
+    areas = [[resampled_areas(malignant, scores[name]) for name in names] for scores in repeats]
+
     def means(rows: np.ndarray) -> np.ndarray:
-        values = [[partial_auc_above_tpr(malignant[rows], scores[name][rows]) for name in names] for scores in repeats]
-        pauc = np.mean(values, axis=0)
+        pauc = np.mean([[of_model(rows)[1] for of_model in of_repeat] for of_repeat in areas], axis=0)
         return np.concatenate([pauc, pauc - pauc[0]])
 
     point = means(np.arange(len(table)))

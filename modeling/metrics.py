@@ -73,6 +73,21 @@ def roc_auc(labels: Sequence, scores: Sequence) -> float:
     return partial_auc_above_tpr(labels, scores, min_tpr=0.0)
 
 
+def resampled_areas(labels: Sequence, scores: Sequence) -> Callable[[np.ndarray], tuple[float, float]]:
+    """AUC and pAUC above 80 % sensitivity of resamples: a function of row indices (M,), with repeats.
+
+    Ranks are computed once: each resample then needs counts, no sort (5 ms instead of 60 at 400k rows).
+    """
+    labels, scores = _binary_inputs(labels, scores)
+    values, ranks = np.unique(scores, return_inverse=True)
+
+    def areas(rows: np.ndarray) -> tuple[float, float]:
+        counts = _counts(labels[rows], ranks[rows], len(values))
+        return _area_above(*counts, 0.0), _area_above(*counts, 0.8)
+
+    return areas
+
+
 def _recalls(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """float (num_classes,): recall of each class, NaN for classes without rows."""
     totals = np.bincount(labels, minlength=num_classes)
@@ -255,17 +270,14 @@ def evaluate(
         predicted = np.where(risks >= threshold, positive, 1 - positive)
     else:
         predicted = probabilities.argmax(axis=1)
-    # Ranks are computed once: each resample then needs counts, no sort (5 ms instead of 60 at 400k rows).
-    values, ranks = np.unique(risks, return_inverse=True)
-
+    areas = resampled_areas(malignant, risks)
     # The mean probability stands in for the class frequency, so no label is looked at.
     frequencies = np.maximum(probabilities.mean(axis=0), _PROBABILITY_FLOOR) if len(labels) else 1.0
     relative = (probabilities / frequencies).argmax(axis=1)
 
     def statistics(rows: np.ndarray) -> np.ndarray:
-        counts = _counts(malignant[rows], ranks[rows], len(values))
         accuracies = [balanced_accuracy(labels[rows], classes[rows]) for classes in (predicted, relative)]
-        return np.array([_area_above(*counts, 0.0), _area_above(*counts, 0.8), *accuracies])
+        return np.array([*areas(rows), *accuracies])
 
     point = statistics(np.arange(len(labels)))
     clusters = np.arange(len(labels)) if groups is None else groups

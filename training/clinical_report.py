@@ -20,7 +20,7 @@ from modeling.clinical_tables import (
     top_retrieval,
 )
 from modeling.conformal import ConformalSets
-from modeling.metrics import clustered_bootstrap, partial_auc_above_tpr, risk, roc_auc, sensitivity_specificity
+from modeling.metrics import clustered_bootstrap, resampled_areas, risk, sensitivity_specificity
 from modeling.schema import TaskSpec
 
 _AGE_COLUMNS = ("age_approx", "age")
@@ -87,18 +87,18 @@ def paired_gains(
         groups: (N,), resampled together.
 
     Returns:
-        Rows {model, against, pauc, auc}, the last two as {value, low, high}, None where undefined.
+        Rows {model, against, auc, pauc}, the last two as {value, low, high}, None where undefined.
     """
     names = list(risks)
     pairs = [(later, earlier) for index, later in enumerate(names) for earlier in names[:index]]
     if not pairs:
         return []
 
+    areas = {name: resampled_areas(malignant, risks[name]) for name in names}
+
     def gains(rows: np.ndarray) -> np.ndarray:
-        own = malignant[rows]
-        pauc = {name: partial_auc_above_tpr(own, risks[name][rows]) for name in names}
-        auc = {name: roc_auc(own, risks[name][rows]) for name in names}
-        return np.array([[value[a] - value[b] for value in (pauc, auc)] for a, b in pairs])
+        auc_and_pauc = {name: np.array(areas[name](rows)) for name in names}
+        return np.array([auc_and_pauc[a] - auc_and_pauc[b] for a, b in pairs])
 
     point = gains(np.arange(len(malignant)))
     low, high = clustered_bootstrap(gains, groups, num_bootstrap, seed)
@@ -108,7 +108,7 @@ def paired_gains(
         return {k: None if np.isnan(v[index, measure]) else float(v[index, measure]) for k, v in values.items()}
 
     return [
-        {"model": a, "against": b, "pauc": entry(index, 0), "auc": entry(index, 1)}
+        {"model": a, "against": b, "auc": entry(index, 0), "pauc": entry(index, 1)}
         for index, (a, b) in enumerate(pairs)
     ]
 
