@@ -7,6 +7,7 @@ the bias is the logit (Zhou et al. 2016, "Learning Deep Features for Discriminat
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,9 +70,12 @@ class ImageScorer(nn.Module):
         """uint8 (N, S, S, 3) to normalised float32 (N, 3, S, S). Cast first: TensorRT rejects a uint8 transpose."""
         return images.float().permute(0, 3, 1, 2) * self.scale + self.shift
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Feature map float32 (N, D, h, w) of uint8 images (N, S, S, 3)."""
-        return self.backbone.forward_features(self.normalise(images))
+    def features(self, images: torch.Tensor, num_views: int = 1) -> torch.Tensor:
+        """Feature map float32 (num_views * N, D, h, w) of the first views of uint8 images (N, S, S, 3)."""
+        pixels = self.normalise(images)
+        if num_views == 1:
+            return self.backbone.forward_features(pixels)
+        return self.backbone.forward_features(torch.cat([view(pixels) for view in VIEWS[:num_views]]))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, K) and embedding (N, D) of uint8 images (N, S, S, 3)."""
@@ -79,18 +83,49 @@ class ImageScorer(nn.Module):
         return self.head(self.dropout(embedding)), embedding
 
 
-class ExportableScorer(nn.Module):
-    """The inference graph with class-activation maps: images -> (logits, embedding, cam)."""
+# Ways to look at a lesion that change nothing about it; each undoes itself.
+VIEWS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda maps: maps,
+    lambda maps: maps.flip(3),
+    lambda maps: maps.flip(2),
+    lambda maps: maps.transpose(2, 3),
+)
 
-    def __init__(self, scorer: ImageScorer):
+
+class ExportableScorer(nn.Module):
+    """The inference graph with class-activation maps: images -> (logits, embedding, cam).
+
+    With several networks or views logits and maps are their means, which is the geometric mean of the probabilities;
+    the embedding is the first network's.
+
+    Args:
+        scorers: networks of one architecture.
+        num_views: 1 to 4: the picture itself, mirrored left to right, top to bottom, and along its diagonal.
+    """
+
+    def __init__(self, scorers: Sequence[ImageScorer], num_views: int = 1):
         super().__init__()
-        self.scorer = scorer
+        self.scorers, self.num_views = nn.ModuleList(scorers), num_views
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length D of the embedding."""
+        return self.scorers[0].embedding_dim
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        features = self.scorer.features(images)
-        head = self.scorer.head
-        cam = functional.conv2d(features, head.weight[:, :, None, None])
-        return cam.mean(dim=(2, 3)) + head.bias, features.mean(dim=(2, 3)), cam
+        maps, biases, embeddings = [], [], []
+        for scorer in self.scorers:
+            features = scorer.features(images, self.num_views)
+            cams = self._by_view(functional.conv2d(features, scorer.head.weight[:, :, None, None]))
+            maps += [VIEWS[number](cams[number]) for number in range(self.num_views)]
+            biases.append(scorer.head.bias)
+            embeddings.append(self._by_view(features.mean(dim=(2, 3))).mean(dim=0))
+        cam = torch.stack(maps).mean(dim=0)
+        return cam.mean(dim=(2, 3)) + torch.stack(biases).mean(dim=0), embeddings[0], cam
+
+    def _by_view(self, values: torch.Tensor) -> torch.Tensor:
+        """(num_views * N, ...) as (num_views, N, ...). Not by `chunk`: it would fix an exported graph's batch size."""
+        return values.reshape(self.num_views, -1, *values.shape[1:])
 
 
 def create_scorer(

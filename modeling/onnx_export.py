@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modeling.image_scorer import ExportableScorer, ImageScorer
+from modeling.image_scorer import ExportableScorer
 
 INPUT_NAME = "images"
 OUTPUT_NAMES = ("logits", "embedding", "cam")
 OPSET = 18
 
 
-def export_onnx(scorer: ImageScorer, input_size: int, path: str | Path) -> None:
+def export_onnx(scorer: ExportableScorer, input_size: int, path: str | Path) -> None:
     """Writes the graph uint8 NHWC images -> logits (N, K), embedding (N, D), cam (N, K, h, w), with a dynamic batch.
 
     Traced with a batch of 2: a batch of 1 would be taken for a constant.
     """
-    model = ExportableScorer(scorer).eval()
+    model = scorer.eval()
     example = torch.zeros((2, input_size, input_size, 3), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
@@ -40,9 +40,8 @@ def export_onnx(scorer: ImageScorer, input_size: int, path: str | Path) -> None:
         )
 
 
-def write_parity(scorer: ImageScorer, images: np.ndarray, path: str | Path) -> None:
+def write_parity(scorer: ExportableScorer, images: np.ndarray, path: str | Path) -> None:
     """Records torch's float32 answers on fixed pictures (uint8 (N, S, S, 3)), the reference for every engine."""
-    model = ExportableScorer(scorer).eval()
     with torch.inference_mode():
-        logits, embedding, _ = model(torch.from_numpy(images))
+        logits, embedding, _ = scorer.eval()(torch.from_numpy(images))
     np.savez_compressed(path, images=images, logits=logits.numpy(), embedding=embedding.numpy())

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
+from modeling.image_scorer import ExportableScorer
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
 from training.config import BuildConfig, TrainingConfig
@@ -98,10 +99,12 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         say(f"{version.task.name} has no pictures: the model sees metadata alone")
     else:
         connect_ray()
-        out_of_fold, fold_metrics, refit = train_image_models(
+        out_of_fold, fold_metrics, models = train_image_models(
             config.training, version, folder, config.max_concurrent, say
         )
-        scorer = refit.scorer(config.training, version.task)
+        served = models if config.build.ensemble else models[:1]
+        networks = [model.scorer(config.training, version.task) for model in served]
+        scorer = ExportableScorer(networks, config.training.model.num_views)
 
     directory = Path(config.bundles) / run_name
     if directory.exists():

@@ -72,12 +72,15 @@ class Trainings:
 def test_every_row_has_the_score_of_the_network_that_did_not_see_it(tmp_path, monkeypatch, version, max_concurrent):
     trainings = Trainings(monkeypatch, tmp_path, version, max_concurrent)
     folder = RunFolder(tmp_path / "run", TrainingConfig(), version)
-    scores, metrics, refit = train_image_models(TrainingConfig(), version, folder, max_concurrent, lambda line: None)
+    scores, metrics, models = train_image_models(TrainingConfig(), version, folder, max_concurrent, lambda line: None)
     positions = version.training_positions
     expected = 10.0 * positions + version.lesions["fold"].to_numpy()[positions]
     assert np.array_equal(scores, np.stack([expected, -expected], axis=1))
     assert [(row["fold"], row["auc"]) for row in metrics] == [(0, 0.0), (1, 0.1), (2, 0.2)]
-    assert refit.checkpoint.name == "checkpoint_refit"
+    # An ensemble's embedding is the first network's.
+    assert [model.checkpoint.name for model in models] == [
+        f"checkpoint_{name}" for name in ("refit", "fold_0", "fold_1", "fold_2")
+    ]
     assert trainings.most == max_concurrent
     assert sorted(trainings.begun) == ["fold_0", "fold_1", "fold_2", "refit"]
 

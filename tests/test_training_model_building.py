@@ -7,7 +7,7 @@ import pytest
 from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages
 from data_pipelines.image_dataset import DatasetVersion
 from modeling.bundle import load_bundle
-from modeling.image_scorer import create_scorer
+from modeling.image_scorer import ExportableScorer, create_scorer
 from modeling.schema import TaskSpec
 from training import model_building
 from training.config import BuildConfig, TrainingConfig
@@ -77,7 +77,7 @@ def without_images(monkeypatch, version):
 
 @pytest.fixture
 def build(tmp_path, without_images):
-    scorer = create_scorer("tf_efficientnet_lite0", 2, "none").eval()
+    scorer = ExportableScorer([create_scorer("tf_efficientnet_lite0", 2, "none").eval()])
 
     def run(name, version):
         config = BuildConfig.model_validate({"num_bootstrap": 50})

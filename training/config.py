@@ -19,6 +19,7 @@ class ModelConfig(BaseModel):
     input_size: int = Field(128, ge=32, le=1024)
     dropout: float = Field(0.2, ge=0.0, lt=1.0)
     frozen_blocks: int = Field(0, ge=0, le=16, description="first backbone blocks that keep their initial weights")
+    num_views: int = Field(1, ge=1, le=4, description="mirrored views of a picture whose scores are averaged")
 
 
 class OptimizerConfig(BaseModel):
@@ -79,5 +80,6 @@ class BuildConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     fusion: FusionConfig = Field(default_factory=FusionConfig)
+    ensemble: bool = Field(False, description="serve the folds' networks with the refit: better, and that much slower")
     num_bootstrap: int = Field(500, ge=50, le=100_000, description="group resamples behind every interval")
     num_scorers: int = Field(1, ge=1, le=1024)

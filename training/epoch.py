@@ -95,13 +95,16 @@ def train_epoch(
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-    """Log-probabilities float32 (N, K), label int64 (N,) and row int64 (N,) of every batch, in order of arrival."""
+    """Log-probabilities float32 (N, K), label int64 (N,) and row int64 (N,) of every batch, in order of arrival.
+
+    `model` gives logits first, whatever else it gives.
+    """
     model.eval()
     outputs: dict[str, list[np.ndarray]] = {"log_probabilities": [], "label": [], "row": []}
     for batch in batches:
         if len(batch["label"]) == 0:
             continue
-        logits, _ = model(batch["image"])
+        logits, *_ = model(batch["image"])
         outputs["log_probabilities"].append(functional.log_softmax(logits.float(), dim=1).cpu().numpy())
         outputs["label"].append(batch["label"].cpu().numpy())
         outputs["row"].append(batch["row"].cpu().numpy())

@@ -51,14 +51,14 @@ def train_image_models(
     folder: RunFolder,
     max_concurrent: int,
     say: Callable[[str], None],
-) -> tuple[np.ndarray, list[dict], TrainedImageModel]:
+) -> tuple[np.ndarray, list[dict], list[TrainedImageModel]]:
     """Trains one network per fold and the refit on all folds, `max_concurrent` at a time.
 
     When one fails, those in training are finished and kept before the error is raised; the others are not begun.
 
     Returns:
         Out-of-fold log-probabilities float64 (N, K) of all training rows in table order, each fold's metrics, and the
-        refit, which is the network that is served.
+        networks, the refit first.
     """
     # The refit has the most rows; begun last it would end alone, long after the others.
     folds: list[int | None] = [None, *version.training_folds]
@@ -75,8 +75,7 @@ def train_image_models(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
             models = [future.result() for future in started]
-    refit, *fold_models = models
-    return *_out_of_fold(version, fold_models), refit
+    return *_out_of_fold(version, models[1:]), models
 
 
 def _train(

@@ -16,7 +16,7 @@ from data_pipelines.image_dataset import DatasetVersion
 from data_pipelines.synthetic_lesions import parity_images
 from modeling.bundle import write_manifest
 from modeling.bundle_manifest import IMAGE_SCORER, PARITY, PROJECTION
-from modeling.image_scorer import ImageScorer
+from modeling.image_scorer import ExportableScorer
 from modeling.metrics import risk
 from modeling.model_card import render_model_card
 from modeling.onnx_export import export_onnx, write_parity
@@ -32,7 +32,7 @@ def build_bundle(
     version: DatasetVersion,
     training: TrainingConfig,
     config: BuildConfig,
-    scorer: ImageScorer | None,
+    scorer: ExportableScorer | None,
     out_of_fold: np.ndarray | None,
     git_commit: str,
     say: Callable[[str], None],
@@ -40,7 +40,7 @@ def build_bundle(
     """Writes a complete bundle into the empty folder `directory`.
 
     Args:
-        scorer: the network that is served; None for a data set without pictures.
+        scorer: the network or networks that are served; None for a data set without pictures.
         out_of_fold: log-probabilities float64 (N, K) of the training rows in table order; None without a network.
 
     Returns:
@@ -83,7 +83,7 @@ def _export_and_score_gate(
     version: DatasetVersion,
     training: TrainingConfig,
     config: BuildConfig,
-    scorer: ImageScorer,
+    scorer: ExportableScorer,
     say: Callable[[str], None],
 ) -> ScoredImages:
     """Writes the network with its parity check and projection into the bundle; scores the gate split with it."""

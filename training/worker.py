@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 
 from data_pipelines.epoch_sampling import EpochCursor
-from modeling.image_scorer import create_scorer
+from modeling.image_scorer import ExportableScorer, create_scorer
 from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
@@ -153,7 +153,7 @@ def _evaluate(
             keep = batch["row"] % world_size == rank
             yield {name: value[keep] for name, value in batch.items()} if world_size > 1 else batch
 
-    return predict(model, mine())
+    return predict(ExportableScorer([model], config.model.num_views), mine())
 
 
 def _scores(predictions: dict[str, np.ndarray], task: TaskSpec) -> dict[str, float]:
