@@ -1,10 +1,13 @@
 """The device's augmentation is the same recipe as the read task's: compared by what both do to many pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from data_pipelines.augmentation import AugmentationConfig, build_augmentation
+from data_pipelines.augmentation import AugmentationConfig, build_augmentation, recipe_of
+from data_pipelines.lesion_transforms import LesionWarp
 from training.device_augmentation import DeviceAugmentation, _to_hsv, _to_rgb
 
 CPU = torch.device("cpu")
@@ -59,16 +62,33 @@ def test_holes_and_noise_are_as_frequent(flat):
     assert noisy[0] == pytest.approx(noisy[1], abs=0.06) and noisy[1] > 0.05
 
 
+def places(images):
+    """Centre of the dark square, (N, 2), from the middle of the picture."""
+    dark = (images.mean(axis=-1) < images.mean(axis=(1, 2, 3))[:, None, None] - 40).astype(float)
+    dark[dark.sum(axis=(1, 2)) == 0, 0, 0] = 1
+    axis = np.arange(SIDE) - (SIDE - 1) / 2
+    weight = dark.sum(axis=(1, 2))
+    return np.stack([(dark * axis[:, None]).sum((1, 2)), (dark * axis).sum((1, 2))], axis=1) / weight[:, None]
+
+
+@pytest.mark.parametrize("move", ["distortion_p", "affine_p"])
+def test_each_kind_of_move_alone_moves_alike(move, corner):
+    still = dict.fromkeys(["brightness_p", "blur_or_noise_p", "distortion_p", "colour_p", "affine_p", "hole_p"], 0.0)
+    recipe = dataclasses.replace(recipe_of(AugmentationConfig(), SIDE), **still | {move: 1.0})
+    device = DeviceAugmentation(AugmentationConfig(place="device"), SIDE, CPU, 0, 0)
+    device._recipe = recipe
+    task = LesionWarp(recipe, moves=True)
+    task.set_random_seed(0)
+    ours = places(device(torch.from_numpy(corner)).numpy())
+    theirs = places(np.stack([task(image=image)["image"] for image in corner]))
+    # How far from the centre: the symmetries leave it alone.
+    ours, theirs = (np.linalg.norm(place, axis=1) for place in (ours, theirs))
+    assert theirs.std() > 0.2
+    assert ours.std() == pytest.approx(theirs.std(), rel=0.12) and ours.mean() == pytest.approx(theirs.mean(), abs=0.1)
+
+
 @pytest.mark.parametrize("recipe", ["light", "full"])
 def test_pixels_move_alike(recipe, corner):
-    def places(images):
-        """Centre of the dark square, (N, 2), from the middle of the picture."""
-        dark = (images.mean(axis=-1) < images.mean(axis=(1, 2, 3))[:, None, None] - 40).astype(float)
-        dark[dark.sum(axis=(1, 2)) == 0, 0, 0] = 1
-        axis = np.arange(SIDE) - (SIDE - 1) / 2
-        weight = dark.sum(axis=(1, 2))
-        return np.stack([(dark * axis[:, None]).sum((1, 2)), (dark * axis).sum((1, 2))], axis=1) / weight[:, None]
-
     ours, theirs = places(on_device(recipe, corner)), places(in_read_task(recipe, corner))
     # As often in each quarter, and scattered as far within it.
     for place in (ours, theirs):
