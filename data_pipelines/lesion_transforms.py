@@ -13,6 +13,8 @@ import albumentations as A
 import cv2
 import numpy as np
 
+from data_pipelines.augmentation import Recipe
+
 NOISE_TABLE = 2**20
 
 
@@ -27,11 +29,11 @@ class LesionWarp(A.ImageOnlyTransform):
     distortion stretches `grid_steps` columns and rows by random factors and keeps the ends.
 
     Args:
-        recipe: probabilities and magnitudes (data_pipelines.augmentation.Recipe).
+        recipe: probabilities and magnitudes.
         moves: False leaves only the eight symmetries, which lose nothing.
     """
 
-    def __init__(self, recipe: Any, moves: bool):
+    def __init__(self, recipe: Recipe, moves: bool):
         super().__init__(p=1.0)
         self.recipe, self.moves = recipe, moves
 

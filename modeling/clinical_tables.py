@@ -15,8 +15,8 @@ from modeling.patient_relative import group_codes, is_missing
 
 # Threshold probabilities of a decision curve: one biopsy in 1,000 to one in 20 finding a cancer is worth it.
 NET_BENEFIT_THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
-# A sensitivity of fewer cancers than this says more about the draw than about the subgroup.
-MIN_SUBGROUP_MALIGNANT = 10
+# A sensitivity of fewer cancers, or a specificity of fewer benign lesions, says more about the draw than the subgroup.
+MIN_SUBGROUP = 10
 AGE_EDGES = (30, 45, 60, 75)
 # Chardon, Cretois & Hourseau 1991: individual typology angle in degrees, from light to dark.
 ITA_EDGES = (-30.0, 10.0, 28.0, 41.0, 55.0)
@@ -90,8 +90,7 @@ def subgroup_table(
 ) -> list[dict[str, Any]]:
     """One row per value of each column, most lesions first: n, n_malignant, auc, pauc, sensitivity, specificity.
 
-    Where fewer than 10 lesions of the subgroup are malignant the measures that need them are None, and so is what needs
-    benign ones where there are none.
+    With fewer than 10 malignant or 10 benign lesions the measures that need them are None.
 
     Args:
         columns: subgroup name -> value of each lesion (N,); missing values form the row "(missing)".
@@ -104,13 +103,15 @@ def subgroup_table(
             rows = names == name
             own, scores = malignant[rows], risks[rows]
             measured: dict[str, float | None] = dict.fromkeys(("auc", "pauc", "sensitivity", "specificity"))
-            if not own.all():
-                measured["specificity"] = float(np.mean(scores[~own] < threshold))
-            if own.sum() >= MIN_SUBGROUP_MALIGNANT:
-                measured["sensitivity"] = sensitivity_specificity(own, scores, threshold)[0]
-                if not own.all():
-                    measured["auc"] = float(roc_auc(own, scores))
-                    measured["pauc"] = float(partial_auc_above_tpr(own, scores))
+            sensitivity, specificity = sensitivity_specificity(own, scores, threshold)
+            enough = own.sum() >= MIN_SUBGROUP, (~own).sum() >= MIN_SUBGROUP
+            if enough[0]:
+                measured["sensitivity"] = float(sensitivity)
+            if enough[1]:
+                measured["specificity"] = float(specificity)
+            if all(enough):
+                measured["auc"] = float(roc_auc(own, scores))
+                measured["pauc"] = float(partial_auc_above_tpr(own, scores))
             table.append(
                 {"column": column, "value": str(name), "n": len(own), "n_malignant": int(own.sum()), **measured}
             )

@@ -225,6 +225,15 @@ def risk(probabilities: np.ndarray, task: TaskSpec) -> np.ndarray:
     return np.asarray(probabilities, dtype=np.float64)[:, task.malignant_mask].sum(axis=1)
 
 
+def predicted_classes(probabilities: np.ndarray, task: TaskSpec, threshold: float | None) -> np.ndarray:
+    """Class indices int64 (N,): the most probable class, but for two classes the one that the operating threshold on
+    the risk decides, because the most probable class of a rare cancer is always benign."""
+    if task.num_classes == 2 and threshold is not None:
+        positive = int(np.flatnonzero(task.malignant_mask)[0])
+        return np.where(risk(probabilities, task) >= threshold, positive, 1 - positive)
+    return np.asarray(probabilities).argmax(axis=1)
+
+
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
@@ -245,8 +254,7 @@ def evaluate(
         labels: class indices int (N,).
         probabilities: calibrated class probabilities (N, K).
         groups: group ids (N,) for the bootstrap; None = every row on its own.
-        threshold: operating point on the risk. Two-class tasks also take their predicted class from it, because the
-            most probable class of a rare cancer is always benign; others predict the most probable class.
+        threshold: operating point on the risk, which also decides between two classes (`predicted_classes`).
         num_bootstrap: resamples; 0 leaves the intervals None.
         seed: of the resampling.
 
@@ -265,11 +273,7 @@ def evaluate(
         raise ValueError(f"labels range from {labels.min()} to {labels.max()}; expected 0 to {task.num_classes - 1}")
     risks, malignant = risk(probabilities, task), task.malignant_mask[labels]
     _binary_inputs(malignant, risks)
-    if task.num_classes == 2 and threshold is not None:
-        positive = int(np.flatnonzero(task.malignant_mask)[0])
-        predicted = np.where(risks >= threshold, positive, 1 - positive)
-    else:
-        predicted = probabilities.argmax(axis=1)
+    predicted = predicted_classes(probabilities, task, threshold)
     areas = resampled_areas(malignant, risks)
     # The mean probability stands in for the class frequency, so no label is looked at.
     frequencies = np.maximum(probabilities.mean(axis=0), _PROBABILITY_FLOOR) if len(labels) else 1.0

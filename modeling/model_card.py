@@ -116,7 +116,7 @@ def _clinical_lines(clinical: Mapping[str, Mapping[str, Any]], context: str) -> 
         ]
         lines += [f"### Subgroups of the gate split, `{context}`", ""]
         lines += _table(["", "", "lesions (malignant)", "AUC", "sensitivity", "specificity"], rows)
-        lines += ["", "With fewer than 10 malignant lesions a subgroup is counted but not judged.", ""]
+        lines += ["", "With fewer than 10 malignant or benign lesions a subgroup is counted but not judged.", ""]
     return lines
 
 

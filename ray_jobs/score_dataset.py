@@ -82,10 +82,11 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
         if config.images is None:
             raise ValueError(f"images is null; model {name} reads pictures: expected an HDF5 file")
         open_hdf5(config.images).close()
-    parts = parts_folder(out, bundle.digest, config.images, config.metadata)
+    images = config.images if reads_images else None
+    parts = parts_folder(out, bundle.digest, images, config.metadata)
     if reads_images:
         connect_ray()
-    scored = score_table(bundle, config.images, config.metadata, config.context, config.num_scorers, parts, say)
+    scored = score_table(bundle, images, config.metadata, config.context, config.num_scorers, parts, say)
     write_table(scored.table, out)
     for left in out.parent.glob(f".{out.name}.parts-*"):
         shutil.rmtree(left)

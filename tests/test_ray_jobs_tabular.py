@@ -42,18 +42,22 @@ def registry(home):
     }
 
 
-@pytest.fixture(scope="module")
-def trained(home, prepared):
+def train(home, prepared, run_name):
     return train_model.run(
         train_model.TrainModelConfig(
             dataset=prepared["dataset"],
             build={"num_bootstrap": 50},
-            run_name="tabular",
+            run_name=run_name,
             runs=str(home / "runs"),
             bundles=str(home / "bundles"),
             **registry(home),
         )
     )
+
+
+@pytest.fixture(scope="module")
+def trained(home, prepared):
+    return train(home, prepared, "tabular")
 
 
 def scoring(home, model, metadata, name="scores.csv", **other):
@@ -85,16 +89,7 @@ def test_the_bundle_holds_no_network_and_says_so(trained):
 
 
 def test_the_same_rows_and_seed_give_the_same_scores(home, prepared, trained):
-    again = train_model.run(
-        train_model.TrainModelConfig(
-            dataset=prepared["dataset"],
-            build={"num_bootstrap": 50},
-            run_name="again",
-            runs=str(home / "runs"),
-            bundles=str(home / "bundles"),
-            **registry(home),
-        )
-    )
+    again = train(home, prepared, "again")
     for name in ("risk_none", "risk_patient"):
         scores = [load_bundle(result["bundle"]).reference()[name].to_numpy() for result in (trained, again)]
         assert np.abs(scores[0] - scores[1]).max() < 1e-6
@@ -104,7 +99,8 @@ def test_scores_separate_cancers_and_need_no_pictures(home, metadata, trained):
     test_rows = pd.read_csv(metadata).drop(columns=["target", "lesion_id"])
     test_rows.loc[3, "age_approx"] = 300
     test_rows.to_csv(home / "test.csv", index=False)
-    result = score_dataset.run(scoring(home, trained["bundle"], home / "test.csv"))
+    # A leftover --images is not looked at.
+    result = score_dataset.run(scoring(home, trained["bundle"], home / "test.csv", images="/nowhere/x.hdf5"))
     assert (result["rows"], result["quarantined"], result["context"]) == (len(test_rows) - 1, 1, "patient")
     table = pd.read_csv(home / "scores.csv")
     assert list(table.columns) == ["isic_id", "target"]

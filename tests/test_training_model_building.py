@@ -165,6 +165,10 @@ def test_the_clinical_tables_agree_with_the_probabilities(build, version):
         assert 0 < point["sensitivity_low"] < point["sensitivity"]
     operating = next(p for p in clinical["operating_points"] if p["sensitivity"] == 0.95)
     assert len(results.missed["patient"]) == (malignant & (risks < operating["threshold"])).sum()
+    # The same decisions as in the metrics.
+    for name, row, position in zip(("benign", "malignant"), clinical["confusion"], (0, 1), strict=True):
+        recall = results.evaluation["patient"]["gate"]["recalls"][name]
+        assert row[position] / sum(row) == pytest.approx(recall)
     assert sum(map(sum, clinical["confusion"])) == len(held_out)
     by_column = {}
     for row in clinical["subgroups"]:

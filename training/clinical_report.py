@@ -20,7 +20,13 @@ from modeling.clinical_tables import (
     top_retrieval,
 )
 from modeling.conformal import ConformalSets
-from modeling.metrics import clustered_bootstrap, resampled_areas, risk, sensitivity_specificity
+from modeling.metrics import (
+    clustered_bootstrap,
+    predicted_classes,
+    resampled_areas,
+    risk,
+    sensitivity_specificity,
+)
 from modeling.schema import TaskSpec
 
 _AGE_COLUMNS = ("age_approx", "age")
@@ -53,11 +59,12 @@ def clinical_report(
             | {"needed_to_triage": needed_to_triage(malignant, risks, point.threshold)}
         )
     patients = lesions["context"].to_numpy(str)
+    predicted = predicted_classes(probabilities, task, thresholds.threshold)
     return {
         "operating_points": points,
         "net_benefit": net_benefit(malignant, risks),
         "top_retrieval": top_retrieval(malignant, risks, patients) if task.context_group else None,
-        "confusion": confusion_matrix(labels, probabilities.argmax(axis=1), task.num_classes),
+        "confusion": confusion_matrix(labels, predicted, task.num_classes),
         "subgroups": subgroup_table(malignant, risks, thresholds.threshold, subgroup_columns(task, lesions)),
         "conformal": sets.coverage(probabilities, labels, task.classes),
     }

@@ -126,7 +126,7 @@ def _confusion(axes: Any, counts: np.ndarray, classes: list[str], name: str) -> 
         axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="most probable class", ylabel="true class", title=f"Confusion matrix\n{name}; shade: share of row")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion matrix\n{name}; shade: share of row")
 
 
 def _subgroups(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
