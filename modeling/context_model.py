@@ -49,7 +49,7 @@ class ContextModel:
         population_prior: class frequencies (K,) where it is used.
         boosters: corrections to the image's logits, averaged; empty when the metadata added nothing out of fold.
         feature_names: columns of the boosters' matrix.
-        num_rounds: boosting rounds of each booster.
+        num_rounds: boosting rounds, by booster.
     """
 
     spec: FeatureSpec
@@ -62,7 +62,7 @@ class ContextModel:
     population_prior: np.ndarray
     boosters: list[lightgbm.Booster] = field(default_factory=list)
     feature_names: list[str] = field(default_factory=list)
-    num_rounds: int = 0
+    num_rounds: list[int] = field(default_factory=list)
     sets: ConformalSets | None = None
 
     @property

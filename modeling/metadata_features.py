@@ -134,6 +134,14 @@ class FeatureSpec(BaseModel):
         """Positions of the categorical features in the matrix."""
         return list(range(len(self.numeric), len(self.numeric) + len(self.categories)))
 
+    @property
+    def num_relative(self) -> int:
+        """How many features, the last of the matrix, compare a lesion with others of its patient."""
+        if self.context != "patient":
+            return 0
+        scopes = 2 if self.site_column in self.categories else 1
+        return scopes * 2 * (len(self.numeric) + (self.malignant is not None))
+
     def build(
         self,
         columns: Mapping[str, Sequence] | None,

@@ -3,7 +3,8 @@
 A model is a short sum of logits. The image's class log-probabilities are scaled to the labels (`ClassScaling`); boosted
 trees, which see metadata and image scores, add corrections to them (they start from the image's prediction, LightGBM's
 `init_score`); the sum's risk is calibrated. The number of boosting rounds is the one with the lowest cross-fitted log
-loss, and none is allowed, so that on little data fusion falls back to the image alone instead of below it.
+loss of its kind of trees, and none is allowed, so that on little data fusion falls back to the image alone instead of
+below it. Kinds of trees that gain are averaged.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ __all__ = ["ContextModel", "FusionConfig", "fit_context_model"]
 _ROUND_STEP, _PATIENCE = 5, 30
 
 
-class FusionConfig(BaseModel):
-    """How the fusion of image and metadata is trained."""
+class BoosterConfig(BaseModel):
+    """One kind of boosted trees."""
 
     model_config = ConfigDict(extra="forbid")
 
-    num_bags: int = Field(default=3, ge=1, description="boosters, averaged over seeds")
-    num_boost_round: int = Field(default=300, ge=0, description="most rounds; the best number is chosen out of fold")
+    num_bags: int = Field(default=3, ge=1, description="boosters of this kind, averaged over seeds")
+    relative: bool = Field(default=True, description="read the patient-relative features, in the context that has them")
     learning_rate: float = Field(default=0.08, gt=0, le=1)
     num_leaves: int = Field(default=8, ge=2)
     max_bin: int = Field(default=63, ge=2, description="half the time of 255 for the same score")
@@ -45,19 +46,31 @@ class FusionConfig(BaseModel):
     lambda_l2: float = Field(default=5.0, ge=0)
     feature_fraction: float = Field(default=0.5, gt=0, le=1)
     bagging_fraction: float = Field(default=0.8, gt=0, le=1)
+
+    def lightgbm_parameters(self, seed: int, num_threads: int) -> dict[str, Any]:
+        """LightGBM's parameters for a booster of this kind."""
+        other = {"bagging_freq": 1, "seed": seed, "num_threads": num_threads}
+        return self.model_dump(exclude={"num_bags", "relative"}) | other
+
+
+# Averages of unlike trees rank better than those of like ones: see docs/results.md.
+SMALL_TREES = BoosterConfig()
+LARGE_TREES = BoosterConfig(relative=False, num_leaves=31, lambda_l2=0.0, feature_fraction=1.0)
+
+
+class FusionConfig(BaseModel):
+    """How the fusion of image and metadata is trained."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    boosters: tuple[BoosterConfig, ...] = Field(default=(SMALL_TREES, LARGE_TREES), min_length=1)
+    num_boost_round: int = Field(default=300, ge=0, description="most rounds; the best number is chosen out of fold")
+    num_threads: int = Field(default=1, ge=1, description="LightGBM threads while training")
     masked_rows: float = Field(default=0.1, ge=0, le=1, description="share of rows trained with metadata left out")
     calibration: Literal["platt", "isotonic"] = "platt"
     sensitivities: tuple[float, ...] = (0.8, 0.9, 0.95)
     operating_sensitivity: float = Field(default=0.95, gt=0, le=1)
     conformal_error: float = Field(default=0.1, gt=0, lt=1, description="share of a class whose sets may lack it")
-    num_threads: int = Field(default=1, ge=1, description="LightGBM threads while training")
-
-    def lightgbm_parameters(self, seed: int, bag: int) -> dict[str, Any]:
-        """LightGBM's parameters for the boosters of one bag."""
-        tree = ("num_leaves", "max_bin", "min_data_in_leaf", "min_sum_hessian_in_leaf", "lambda_l2")
-        other = ("learning_rate", "feature_fraction", "bagging_fraction", "num_threads")
-        own = {name: getattr(self, name) for name in tree + other}
-        return own | {"bagging_freq": 1, "seed": seed * self.num_bags + bag}
 
 
 def fit_context_model(
@@ -120,20 +133,33 @@ def fit_context_model(
         encoded = spec.encode(columns, len(labels))
         matrix, names = spec.assemble(encoded, image, groups)
 
-        def boosters(bag: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> list[lightgbm.Booster]:
-            """A bag's boosters, one per part: (logits (N, K) to start from, bool (N,) rows to train on)."""
-            rng = np.random.default_rng([seed, bag])
+        def boosters(kind: int, bag: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> list[lightgbm.Booster]:
+            """One bag's boosters of a kind, one per part: (logits (N, K) to start from, bool (N,) rows to train on)."""
+            rng = np.random.default_rng([seed, kind, bag])
+            parameters = config.boosters[kind].lightgbm_parameters(int(rng.integers(2**31)), config.num_threads)
             masked, _ = spec.assemble(leave_out_at_random(encoded, config.masked_rows, rng), image, groups)
-            common = (task.malignant_mask, spec.categorical_features, config.lightgbm_parameters(seed, bag))
+            if not config.boosters[kind].relative:
+                # No split is found in a column without values.
+                masked[:, masked.shape[1] - spec.num_relative :] = np.nan
+            common = (task.malignant_mask, spec.categorical_features, parameters)
             return [start_booster(masked[rows], start[rows], labels[rows], *common) for start, rows in parts]
 
         fold_parts = [(start, ~rows) for start, rows in zip(starts, held_out, strict=True)]
-        folded = [boosters(bag, fold_parts) for bag in range(config.num_bags)]
-        num_rounds, margins = _choose_rounds(folded, held_out, matrix, margins, labels, task, config)
-        final = [boosters(bag, [(final_start, every_row)])[0] for bag in range(config.num_bags if num_rounds else 0)]
-        for booster in final:
-            grow(booster, num_rounds)
-        trees = {"boosters": [finish(booster) for booster in final], "feature_names": names, "num_rounds": num_rounds}
+        final, num_rounds, corrections = [], [], np.zeros_like(margins)
+        for kind, bags in enumerate(range(settings.num_bags) for settings in config.boosters):
+            folded = [boosters(kind, bag, fold_parts) for bag in bags]
+            best, logits = _choose_rounds(folded, held_out, matrix, margins, labels, task, config.num_boost_round)
+            if best == 0:
+                continue
+            for bag in bags:
+                booster = boosters(kind, bag, [(final_start, every_row)])[0]
+                grow(booster, best)
+                final.append(finish(booster))
+                num_rounds.append(best)
+            corrections += len(bags) * (logits - margins)
+        # Log loss is convex in the logits: the mean of the kinds is no worse than their losses' mean.
+        margins = margins + corrections / max(len(final), 1)
+        trees = {"boosters": final, "feature_names": names, "num_rounds": num_rounds}
 
     probabilities = np.exp(log_softmax(margins))
     malignant = task.malignant_mask[labels]
@@ -181,9 +207,9 @@ def _choose_rounds(
     margins: np.ndarray,
     labels: np.ndarray,
     task: TaskSpec,
-    config: FusionConfig,
+    most_rounds: int,
 ) -> tuple[int, np.ndarray]:
-    """Grows each bag's and fold's booster in step and watches the log loss of the rows held out.
+    """Grows the booster of each bag and fold in step and watches the log loss of the rows held out.
 
     Returns:
         (rounds with the lowest loss, 0 included; out-of-fold logits (N, K) at that number).
@@ -195,8 +221,8 @@ def _choose_rounds(
     parts = [matrix[rows] for rows in held_out]
     logits = margins.copy()
     best_loss, best_rounds, best_logits = log_loss(margins), 0, margins
-    for start in range(0, config.num_boost_round, _ROUND_STEP):
-        rounds = min(_ROUND_STEP, config.num_boost_round - start)
+    for start in range(0, most_rounds, _ROUND_STEP):
+        rounds = min(_ROUND_STEP, most_rounds - start)
         for bag in boosters:
             for rows, part, booster in zip(held_out, parts, bag, strict=True):
                 before = booster.current_iteration()

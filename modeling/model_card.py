@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modeling.bundle_manifest import BundleManifest
@@ -40,7 +40,8 @@ def _interval(value: Mapping[str, Any] | None) -> str:
         return "not measurable"
     if value.get("low") is None or value.get("high") is None:
         return _number(value["value"])
-    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+    dash = "-" if value["low"] >= 0 else " to "
+    return f"{value['value']:.3f} ({value['low']:.3f}{dash}{value['high']:.3f})"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -120,10 +121,36 @@ def _clinical_lines(clinical: Mapping[str, Mapping[str, Any]], context: str) -> 
     return lines
 
 
+def _institution_lines(institutions: Sequence[Mapping[str, Any]], context: str, has_image: bool) -> list[str]:
+    """What the model loses at an institution it has not seen."""
+    rows = [
+        [
+            row["institution"],
+            f"{row['n']} ({row['n_malignant']})",
+            _number(row["seen"]["auc"]),
+            _number(row["unseen"]["auc"]),
+            _interval(row["difference"]["auc"]),
+        ]
+        for row in institutions
+    ]
+    header = ["", "lesions (malignant)", "AUC, seen", "AUC, left out", "difference"]
+    networks = " The network that scored the pictures had seen the institution all the same." if has_image else ""
+    return [
+        f"### Institutions the model has not seen, `{context}`",
+        "",
+        *_table(header, rows),
+        "",
+        "Training lesions, scored by models that saw other patients of the institution, and by models fitted without "
+        f"the whole institution.{networks}",
+        "",
+    ]
+
+
 def render_model_card(
     manifest_fields: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
     clinical: Mapping[str, Mapping[str, Any]] | None = None,
+    institutions: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Markdown text of `model_card.md`.
 
@@ -132,6 +159,7 @@ def render_model_card(
         metrics: per context the report that `modeling.metrics.evaluate` made on the gate split.
         clinical: per context the report of `training.clinical_report`, for operating points, prediction sets and
             subgroups.
+        institutions: rows of `training.institution_report.leave_one_institution_out` for the last context.
 
     Raises:
         ValueError: a context of the manifest has no metrics.
@@ -189,6 +217,7 @@ def render_model_card(
         ),
         "",
         *(_clinical_lines(clinical, contexts[-1]) if clinical else []),
+        *(_institution_lines(institutions, contexts[-1], has_image) if institutions else []),
         "## Limits",
         "",
         *(

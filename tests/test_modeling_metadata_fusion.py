@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modeling.calibration import log_softmax
-from modeling.metadata_fusion import ContextModel, FusionConfig, fit_context_model
+from modeling.metadata_fusion import LARGE_TREES, BoosterConfig, ContextModel, FusionConfig, fit_context_model
 from modeling.metrics import calibration_slope_intercept, roc_auc
 from modeling.schema import ColumnSpec, TaskSpec
 
@@ -29,7 +29,9 @@ SEVEN = TaskSpec(
     malignant=["akiec", "bcc", "mel"],
     columns={"age": ColumnSpec(), "site": ColumnSpec(kind="categorical")},
 )
-QUICK = FusionConfig(num_bags=2, num_boost_round=60)
+QUICK = FusionConfig(
+    boosters=(BoosterConfig(num_bags=1), LARGE_TREES.model_copy(update={"num_bags": 1})), num_boost_round=60
+)
 BALANCED = [0.5, 0.5]
 
 
@@ -188,11 +190,11 @@ def test_a_class_of_twenty_rows_keeps_its_frequency_among_seven():
         return image, columns, labels, np.arange(len(labels))
 
     counts = np.array([45, 70, 150, 20, 150, 545, 20])
-    config = FusionConfig(num_bags=1, num_boost_round=30)
+    config = FusionConfig(boosters=(BoosterConfig(num_bags=1),), num_boost_round=30)
     model, _ = _fit("none", *sample(counts), config=config, task=SEVEN, sampling=np.full(7, 1 / 7))
     image, columns, labels, _ = sample(3 * counts)
     probabilities = model.predict(image, columns)
-    assert model.num_rounds > 0
+    assert model.num_rounds and min(model.num_rounds) > 0
     np.testing.assert_allclose(probabilities.mean(0), counts / counts.sum(), atol=0.02)
     alone = _fit("image_only", *sample(counts), task=SEVEN, sampling=np.full(7, 1 / 7))[0].predict(image)
     loss = [-np.log(p[np.arange(len(labels)), labels]).mean() for p in (probabilities, alone)]
@@ -210,7 +212,14 @@ def test_degenerate_metadata_falls_back_to_the_image(lesions, context):
     image, _, labels, _ = lesions
     singles = np.arange(len(labels))  # one lesion per patient
     for columns in (None, {"size": [1.0] * len(labels), "noise": [None] * len(labels), "site": ["arm"] * len(labels)}):
-        model, _ = _fit(context, image, columns, labels, singles, config=FusionConfig(num_bags=1, num_boost_round=20))
+        model, _ = _fit(
+            context,
+            image,
+            columns,
+            labels,
+            singles,
+            config=FusionConfig(boosters=(BoosterConfig(num_bags=1),), num_boost_round=20),
+        )
         alone, _ = _fit("image_only", image, None, labels, singles)
         fused = model.predict(image, columns, singles)
         assert np.isfinite(fused).all()

@@ -53,3 +53,18 @@ def test_few_cancers_are_pointed_out():
 def test_a_context_without_metrics_is_refused():
     with pytest.raises(ValueError, match="no metrics for contexts \\['none'\\]"):
         render_model_card(fields(), {"image_only": GATE_METRICS})
+
+
+def test_unseen_institutions_have_a_table():
+    row = {
+        "institution": "Vienna",
+        "n": 120,
+        "n_malignant": 24,
+        "seen": {"auc": 0.9, "pauc": 0.15},
+        "unseen": {"auc": 0.85, "pauc": 0.12},
+        "difference": {"auc": {"value": -0.05, "low": -0.08, "high": -0.02}, "pauc": {"value": -0.03}},
+    }
+    card = render_model_card(fields(), METRICS, institutions=[row])
+    assert "| Vienna | 120 (24) | 0.900 | 0.850 | -0.050 (-0.080 to -0.020) |" in card
+    assert "network that scored the pictures had seen" in card
+    assert "has not seen" not in render_model_card(fields(), METRICS)

@@ -91,7 +91,7 @@ def expected_outputs(images: np.ndarray, num_classes: int = 2, seed: int = 0) ->
 
 
 def write_contexts(directory: Path, task: TaskSpec, metrics: dict, contexts: list[str]) -> None:
-    from modeling.metadata_fusion import FusionConfig, fit_context_model
+    from modeling.metadata_fusion import BoosterConfig, FusionConfig, fit_context_model
 
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 60)
@@ -109,7 +109,7 @@ def write_contexts(directory: Path, task: TaskSpec, metrics: dict, contexts: lis
             labels,
             groups,
             np.arange(120) % 3,
-            FusionConfig(num_bags=1, num_boost_round=5),
+            FusionConfig(boosters=(BoosterConfig(num_bags=1),), num_boost_round=5),
             prior,
             prior,
             0,

@@ -19,6 +19,7 @@ from modeling.metrics import evaluate, risk
 from modeling.schema import Context
 from training.clinical_report import clinical_report, missed_cancers, paired_gains
 from training.config import BuildConfig, TrainingConfig
+from training.institution_report import institution_names, leave_one_institution_out
 
 TABULAR_ONLY = "tabular_only"
 
@@ -30,7 +31,7 @@ class ContextResults:
     Attributes:
         evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical"}, JSON-ready.
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
-            rows of `paired_gains`}.
+            rows of `paired_gains`; "institutions": rows of `leave_one_institution_out` of the last context, or None}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
@@ -70,7 +71,7 @@ def fit_contexts(
     for context in task.contexts if gate_images is not None else task.tabular_contexts:
         say(f"context {context}: fusion, calibration, thresholds, evaluation")
         model, fused = fitting.fit(context, out_of_fold)
-        probabilities = fitting.predict(model, context, gate_images)
+        probabilities = fitting.predict(model, fitting.held_out, gate_images)
         report = fitting.evaluate(model, probabilities, fused)
         results.evaluation[context], results.gate_probabilities[context] = report, probabilities
         results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, model.thresholds.threshold)
@@ -82,13 +83,13 @@ def fit_contexts(
     results.comparison[TABULAR_ONLY] = None
     if gate_images is not None and task.columns:
         say("metadata alone, to compare with")
-        context = task.tabular_contexts[-1]
-        model, fused = fitting.fit(context, None)
-        probabilities = fitting.predict(model, context, None)
+        model, fused = fitting.fit(task.tabular_contexts[-1], None)
+        probabilities = fitting.predict(model, fitting.held_out, None)
         results.comparison[TABULAR_ONLY] = fitting.evaluate(model, probabilities, fused)
         # First, so that every other model's gain over it is measured.
         risks["gate"] = {TABULAR_ONLY: risk(probabilities, task)} | risks["gate"]
         risks["out_of_fold"] = {TABULAR_ONLY: risk(fused, task)} | risks["out_of_fold"]
+    results.comparison["institutions"] = fitting.institutions(context, out_of_fold, risks["out_of_fold"][context], say)
     say("paired differences between the models")
     results.comparison["gains"] = {split: fitting.gains(split, scores) for split, scores in risks.items()}
     return results
@@ -105,30 +106,61 @@ class _Fitting:
         self.labels, self.folds = (self.train[name].to_numpy(np.int64) for name in ("label", "fold"))
         self.priors = priors(version, training)
 
-    def fit(self, context: Context, images: np.ndarray | None) -> tuple[ContextModel, np.ndarray]:
-        groups = self.train["context" if context == "patient" else "group"].to_numpy(str)
-        columns = metadata_arrays(self.train, self.task)
+    def fit(
+        self, context: Context, images: np.ndarray | None, rows: np.ndarray | slice = slice(None)
+    ) -> tuple[ContextModel, np.ndarray]:
+        """A model of some training rows (bool (N,)) and its out-of-fold probabilities of these."""
+        table = self.train[rows]
+        groups = table["context" if context == "patient" else "group"].to_numpy(str)
         sampling, population = self.priors
         return fit_context_model(
             context,
             self.task,
-            images,
-            columns,
-            self.labels,
+            None if images is None else images[rows],
+            metadata_arrays(table, self.task),
+            self.labels[rows],
             groups,
-            self.folds,
+            self.folds[rows],
             self.config.fusion,
             sampling,
             population,
             self.seed,
         )
 
-    def predict(self, model: ContextModel, context: Context, images: np.ndarray | None) -> np.ndarray:
-        """Probabilities float64 (N, K) of the gate split's rows."""
-        if context == "image_only":
+    def predict(self, model: ContextModel, table: pd.DataFrame, images: np.ndarray | None) -> np.ndarray:
+        """Probabilities float64 (N, K) of a table's lesions."""
+        if model.context == "image_only":
             return model.predict(images, None, None)
-        groups = self.held_out["context"].to_numpy(str) if context == "patient" else None
-        return model.predict(images, metadata_arrays(self.held_out, self.task), groups)
+        groups = table["context"].to_numpy(str) if model.context == "patient" else None
+        return model.predict(images, metadata_arrays(table, self.task), groups)
+
+    def institutions(
+        self, context: Context, images: np.ndarray | None, seen: np.ndarray, say: Callable[[str], None]
+    ) -> list[dict[str, Any]] | None:
+        """What a context's fusion loses at an institution it has not seen. The networks saw lesions of all of them.
+
+        None where there are no institutions, or each is a fold: then all out-of-fold scores are of unseen ones.
+        """
+        if self.task.institution_column is None or not self.config.leave_institution_out:
+            return None
+        institutions = institution_names(self.train[self.task.institution_column])
+        if all(len(np.unique(self.folds[institutions == name])) == 1 for name in np.unique(institutions)):
+            return None
+
+        def fit_predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+            model, _ = self.fit(context, images, train)
+            return risk(self.predict(model, self.train[test], None if images is None else images[test]), self.task)
+
+        return leave_one_institution_out(
+            institutions,
+            self.task.malignant_mask[self.labels],
+            seen,
+            self.train["group"].to_numpy(str),
+            fit_predict,
+            self.config.num_bootstrap,
+            self.seed,
+            say,
+        )
 
     def evaluate(self, model: ContextModel, probabilities: np.ndarray, fused: np.ndarray) -> dict[str, Any]:
         def measure(table: pd.DataFrame, values: np.ndarray) -> dict[str, Any]:
