@@ -21,6 +21,7 @@ from training.config import BuildConfig, TrainingConfig
 from training.context_models import ContextResults
 from training.evaluation_plots import plot_clinical, plot_evaluation
 from training.image_models import RunFolder, train_image_models
+from training.missed_pictures import plot_missed
 from training.model_building import build_bundle
 
 
@@ -122,6 +123,10 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     )
     report = folder.path / "report"
     write_report(report, directory, version, results)
+    if version.images_path is not None:
+        context, missed = list(results.missed.items())[-1]
+        pictures = folder.path / f"missed_cancers_{context}.png"
+        plot_missed(pictures, version, missed, results.thresholds[context], version.task.name)
     say("registering the bundle as a candidate")
     registry = Registry(config.tracking_uri, config.model_name, config.artifact_root)
     registered = registry.log_candidate(

@@ -138,7 +138,12 @@ def test_a_bundle_verifies_and_carries_nobody_s_id(build, version):
 
 
 def test_models_are_compared_in_pairs_with_metadata_alone_and_with_each_other(build, version):
+    lesions = version.lesions.assign(clinic=np.where(np.arange(len(version.lesions)) % 4 == 0, "North", "South"))
+    task = version.task.model_copy(update={"institution_column": "clinic"})
+    version = DatasetVersion(version.path, task, version.digest, version.images_path, lesions, version.num_folds)
     folder, _, results = build("bundle", version)
+    assert [row["institution"] for row in results.comparison["institutions"]] == ["North", "South"]
+    assert sum(row["n"] for row in results.comparison["institutions"]) == len(version.training_positions)
     pairs = [(row["model"], row["against"]) for row in results.comparison["gains"]["gate"]]
     assert pairs[0] == ("image_only", "tabular_only") and ("patient", "image_only") in pairs and len(pairs) == 6
     tabular = results.comparison["tabular_only"]["gate"]["auc"]["value"]
@@ -149,6 +154,7 @@ def test_models_are_compared_in_pairs_with_metadata_alone_and_with_each_other(bu
         assert row["auc"]["low"] <= row["auc"]["value"] <= row["auc"]["high"]
     assert tabular > 0.5
     card = (folder / "model_card.md").read_text()
+    assert "Institutions the model has not seen, `patient`" in card and "| North |" in card
     assert "Operating points of `patient`" in card and "prediction sets for 90%" in card
 
 

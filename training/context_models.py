@@ -33,12 +33,14 @@ class ContextResults:
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
             rows of `paired_gains`; "institutions": rows of `leave_one_institution_out` of the last context, or None}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
+        thresholds: context -> risk from which a lesion counts as found.
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
 
     evaluation: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
     gate_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
     missed: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
@@ -74,7 +76,8 @@ def fit_contexts(
         probabilities = fitting.predict(model, fitting.held_out, gate_images)
         report = fitting.evaluate(model, probabilities, fused)
         results.evaluation[context], results.gate_probabilities[context] = report, probabilities
-        results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, model.thresholds.threshold)
+        results.thresholds[context] = model.thresholds.threshold
+        results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, results.thresholds[context])
         risks["gate"][context], risks["out_of_fold"][context] = risk(probabilities, task), risk(fused, task)
         model.save(directory / "contexts" / context)
         path = directory / "contexts" / context / "metrics.json"
