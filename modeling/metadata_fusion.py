@@ -9,6 +9,7 @@ below it. Kinds of trees that gain are averaged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from modeling.calibration import CALIBRATORS, ClassScaling, choose_thresholds, l
 from modeling.conformal import ConformalSets
 from modeling.context_model import ContextModel, checked_image, image_margins, to_probabilities
 from modeling.metadata_features import FeatureSpec
-from modeling.residual_boosting import finish, grow, leave_out_at_random, raw_scores, start_booster
+from modeling.residual_boosting import MANY_ROWS, finish, grow, leave_out_at_random, raw_scores, start_booster
 from modeling.schema import Context, TaskSpec
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class FusionConfig(BaseModel):
 
     boosters: tuple[BoosterConfig, ...] = Field(default=(SMALL_TREES, LARGE_TREES), min_length=1)
     num_boost_round: int = Field(default=300, ge=0, description="most rounds; the best number is chosen out of fold")
-    num_threads: int = Field(default=1, ge=1, description="LightGBM threads while training")
+    num_threads: int = Field(default=0, ge=0, description="while training; 0: all cores, but one for few rows")
     masked_rows: float = Field(default=0.1, ge=0, le=1, description="share of rows trained with metadata left out")
     calibration: Literal["platt", "isotonic"] = "platt"
     sensitivities: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -136,7 +137,7 @@ def fit_context_model(
         def boosters(kind: int, bag: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> list[lightgbm.Booster]:
             """One bag's boosters of a kind, one per part: (logits (N, K) to start from, bool (N,) rows to train on)."""
             rng = np.random.default_rng([seed, kind, bag])
-            parameters = config.boosters[kind].lightgbm_parameters(int(rng.integers(2**31)), config.num_threads)
+            parameters = config.boosters[kind].lightgbm_parameters(int(rng.integers(2**31)), num_threads)
             masked, _ = spec.assemble(leave_out_at_random(encoded, config.masked_rows, rng), image, groups)
             if not config.boosters[kind].relative:
                 # No split is found in a column without values.
@@ -144,6 +145,7 @@ def fit_context_model(
             common = (task.malignant_mask, spec.categorical_features, parameters)
             return [start_booster(masked[rows], start[rows], labels[rows], *common) for start, rows in parts]
 
+        num_threads = config.num_threads or (1 if len(labels) < MANY_ROWS else len(os.sched_getaffinity(0)))
         fold_parts = [(start, ~rows) for start, rows in zip(starts, held_out, strict=True)]
         final, num_rounds, corrections = [], [], np.zeros_like(margins)
         for kind, bags in enumerate(range(settings.num_bags) for settings in config.boosters):

@@ -14,6 +14,9 @@ import numpy as np
 if TYPE_CHECKING:
     import lightgbm
 
+# Below that, threads cost more than they bring.
+MANY_ROWS = 20_000
+
 
 def leave_out_at_random(encoded: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Makes missingness uninformative: fills what is missing, then leaves values out at random.
@@ -94,9 +97,10 @@ def raw_scores(
 ) -> np.ndarray:
     """Logits float64 (N, K) that `num_rounds` rounds from `start` (-1: all) add; of two classes only malignant moves.
 
-    One thread: for a single lesion the thread pool costs more than the trees.
+    One thread, unless there are very many rows: for a single lesion the thread pool costs more than the trees.
     """
-    raw = booster.predict(matrix, raw_score=True, start_iteration=start, num_iteration=num_rounds, num_threads=1)
+    threads = 1 if len(matrix) < MANY_ROWS else 0
+    raw = booster.predict(matrix, raw_score=True, start_iteration=start, num_iteration=num_rounds, num_threads=threads)
     return raw if raw.ndim == 2 else raw[:, None] * malignant_mask
 
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from modeling.calibration import log_softmax
-from modeling.residual_boosting import finish, grow, leave_out_at_random, load_booster, raw_scores, start_booster
+from modeling.residual_boosting import (
+    MANY_ROWS,
+    finish,
+    grow,
+    leave_out_at_random,
+    load_booster,
+    raw_scores,
+    start_booster,
+)
 
 PARAMETERS = {"num_leaves": 4, "min_data_in_leaf": 5, "seed": 1, "num_threads": 1, "bagging_fraction": 0.8}
 MALIGNANT = np.array([False, True])
@@ -79,3 +87,17 @@ def test_a_missing_or_damaged_booster_file_is_named(tmp_path):
     (tmp_path / "booster_1.txt").write_text("tree\nnot a model\n")
     with pytest.raises(ValueError, match="booster_1.txt cannot be read"):
         load_booster(tmp_path / "booster_1.txt")
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_number_of_threads_changes_nothing(num_classes):
+    matrix, start, labels = _rows(num_classes, size=MANY_ROWS + 1)
+    mask = np.arange(num_classes) == num_classes - 1
+    scores = []
+    for threads in (1, 2):
+        booster = start_booster(matrix, start, labels, mask, [], PARAMETERS | {"num_threads": threads})
+        grow(booster, 5)
+        few_rows = raw_scores(booster, matrix[:100], mask)
+        scores.append(raw_scores(booster, matrix, mask))
+        np.testing.assert_array_equal(scores[-1][:100], few_rows)
+    np.testing.assert_array_equal(*scores)
