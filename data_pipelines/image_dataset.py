@@ -12,6 +12,7 @@ import ray
 
 from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.epoch_sampling import EpochCursor, EpochOrder, SamplingConfig, class_shares
+from data_pipelines.executor_pacing import PauseUnderBackpressure
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.hdf5_index import images_bytes, is_url
 from data_pipelines.stratified_folds import GATE_FOLD
@@ -150,6 +151,7 @@ def data_context(source: LesionImageDatasource) -> ray.data.DataContext:
     # Ray gathers blocks until they exceed this, and copies them into one; a full block of ours goes through as it is.
     context.target_max_block_size = source.rows_per_block * source.row_bytes - 1
     context.execution_options = execution_options()
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PauseUnderBackpressure]
     return context
 
 
