@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modeling.bundle_manifest import BundleManifest
@@ -124,6 +124,7 @@ def render_model_card(
     manifest_fields: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
     clinical: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Markdown text of `model_card.md`.
 
@@ -132,6 +133,7 @@ def render_model_card(
         metrics: per context the report that `modeling.metrics.evaluate` made on the gate split.
         clinical: per context the report of `training.clinical_report`, for operating points, prediction sets and
             subgroups.
+        notes: sentences on what the data could not show; repeated ones are shown once.
 
     Raises:
         ValueError: a context of the manifest has no metrics.
@@ -196,6 +198,7 @@ def render_model_card(
             if few < _FEW_MALIGNANT
             else []
         ),
+        *(f"- {note}" for note in dict.fromkeys(notes)),
         "- Measured on the data set above. Other cameras, clinics, skin tones and body sites can do worse.",
         "- Risks are calibrated to the shares in the data, which may differ from yours.",
         "- The operating threshold was chosen for sensitivity on out-of-fold predictions; misses still happen.",

@@ -19,6 +19,7 @@ from modeling.metrics import evaluate, risk
 from modeling.schema import Context
 from training.clinical_report import clinical_report, missed_cancers, paired_gains
 from training.config import BuildConfig, TrainingConfig
+from training.evaluation_notes import evaluation_notes
 
 TABULAR_ONLY = "tabular_only"
 
@@ -28,16 +29,20 @@ class ContextResults:
     """What was measured.
 
     Attributes:
-        evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical"}, JSON-ready.
+        evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical", "notes"}, JSON-ready; what cannot be
+            measured is None, and a note says why.
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
             rows of `paired_gains`}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
+        out_of_fold: context -> float64 (N, K) of the training rows, each by a model that saw no row of its fold (but
+            for the risk calibration, two numbers fitted on all of them).
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
 
     evaluation: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
     gate_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
+    out_of_fold: dict[str, np.ndarray] = field(default_factory=dict)
     missed: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
@@ -71,13 +76,14 @@ def fit_contexts(
         say(f"context {context}: fusion, calibration, thresholds, evaluation")
         model, fused = fitting.fit(context, out_of_fold)
         probabilities = fitting.predict(model, context, gate_images)
-        report = fitting.evaluate(model, probabilities, fused)
+        report = fitting.evaluate(model, probabilities, fused) | {"notes": evaluation_notes(version, context)}
         results.evaluation[context], results.gate_probabilities[context] = report, probabilities
+        results.out_of_fold[context] = fused
         results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, model.thresholds.threshold)
         risks["gate"][context], risks["out_of_fold"][context] = risk(probabilities, task), risk(fused, task)
         model.save(directory / "contexts" / context)
         path = directory / "contexts" / context / "metrics.json"
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
     results.comparison[TABULAR_ONLY] = None
     if gate_images is not None and task.columns:
@@ -89,6 +95,8 @@ def fit_contexts(
         # First, so that every other model's gain over it is measured.
         risks["gate"] = {TABULAR_ONLY: risk(probabilities, task)} | risks["gate"]
         risks["out_of_fold"] = {TABULAR_ONLY: risk(fused, task)} | risks["out_of_fold"]
+    for note in dict.fromkeys(note for report in results.evaluation.values() for note in report["notes"]):
+        say(f"note: {note}")
     say("paired differences between the models")
     results.comparison["gains"] = {split: fitting.gains(split, scores) for split, scores in risks.items()}
     return results
