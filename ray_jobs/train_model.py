@@ -162,7 +162,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         run_name=run_name,
         params=run_parameters(config, version),
         metrics=flat_metrics(results.evaluation)
-        | {f"fold_{row['fold']}.{name}": float(row[name]) for row in fold_metrics for name in ("auc", "pauc")},
+        | {f"fold_{row['fold']}.{name}": row[name] for row in fold_metrics for name in ("auc", "pauc")},
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},
     )
