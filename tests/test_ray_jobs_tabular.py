@@ -8,7 +8,8 @@ import pytest
 import ray
 
 from data_pipelines.image_dataset import open_dataset
-from data_pipelines.synthetic_dataset import SHIFTS, write_sample
+from data_pipelines.synthetic_metadata import build_metadata
+from data_pipelines.synthetic_patients import draw_latents
 from modeling.bundle import load_bundle
 from modeling.metrics import roc_auc
 from modeling.registry import Registry
@@ -23,8 +24,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metadata(home):
-    write_sample(home / "sample", 150, 6.0, 0.15, 0, SHIFTS["none"], lambda line: None)
-    return home / "sample" / "train-metadata.csv"
+    rng = np.random.default_rng([0, 150])
+    latents = draw_latents(150, 6.0, 0.15, rng)
+    build_metadata(latents, rng, "0000").to_csv(home / "train-metadata.csv", index=False)
+    return home / "train-metadata.csv"
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,10 @@ def test_a_fold_without_positives_has_null_metrics_and_the_others_are_unharmed(f
     assert fitted.notes == ["Fold 1 (90 lesions) holds no malignant lesion: its AUC and pAUC are null."]
 
 
-@pytest.mark.parametrize(("label", "kind", "measure"), [(0, "malignant", "sensitivity"), (1, "benign", "specificity")])
+@pytest.mark.parametrize(
+    ("label", "kind", "measure"),
+    [(0, "malignant", "sensitivity"), pytest.param(1, "benign", "specificity", marks=pytest.mark.slow)],
+)
 def test_a_gate_split_of_one_class_measures_nothing_and_says_so(fit, label, kind, measure):
     table = lesions()
     table.loc[table["fold"] == GATE, "label"] = label
@@ -124,7 +127,7 @@ def test_a_class_absent_from_a_fold_keeps_a_probability_there(fit):
     assert 0.3 < mel.mean() / (train["label"] == 1).mean() < 2
 
 
-@pytest.mark.parametrize("absent", [1, 3])
+@pytest.mark.parametrize("absent", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_class_that_only_the_gate_split_holds_is_improbable_but_never_impossible(fit, absent, tmp_path):
     table = lesions(FOUR)
     table.loc[(table["fold"] != GATE) & (table["label"] == absent), "label"] = absent - 1
@@ -168,7 +171,13 @@ def test_an_empty_column_changes_no_score_and_is_named(fit):
     assert min(fitted.aucs("none")) > 0.65
 
 
-@pytest.mark.parametrize("values", [{"size_mm": np.nan, "age": np.nan, "site": None}, {"size_mm": 3.0, "age": 50.0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size_mm": np.nan, "age": np.nan, "site": None},
+        pytest.param({"size_mm": 3.0, "age": 50.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_metadata_that_say_nothing_give_everyone_the_prevalence(fit, values):
     table = lesions().assign(**({"site": "arm"} | values))
     fitted = fit(table)
@@ -216,6 +225,7 @@ def test_a_patient_of_a_thousand_lesions_is_scored_with_the_rest(fit, tmp_path):
     np.testing.assert_allclose(model.predict(None, shuffled, ["x"] * 1000), together[order], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_features_of_a_patient_take_time_in_proportion_to_the_lesions():
     """Comparing each with each would take a hundred times as long for ten times the lesions."""
     from modeling.metadata_features import FeatureSpec
