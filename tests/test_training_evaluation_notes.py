@@ -29,6 +29,14 @@ def test_labels_of_the_gate_split_are_not_looked_at_for_leaks(tmp_path):
     assert evaluation_notes(version(tmp_path, table), "patient") == []
 
 
+@pytest.mark.parametrize("ids", ["each its own", "none"])
+def test_lesions_that_all_stand_alone_are_pointed_out_where_patients_are_compared(tmp_path, ids):
+    table = lesions()
+    table["context"] = table["id"] if ids == "each its own" else ""
+    assert evaluation_notes(version(tmp_path, table), "none") == []
+    assert "Every patient has one training lesion" in evaluation_notes(version(tmp_path, table), "patient")[0]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

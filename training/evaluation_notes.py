@@ -51,7 +51,8 @@ def evaluation_notes(version: DatasetVersion, context: Context) -> list[str]:
     if context != "image_only":
         notes += _column_notes(version, train)
     if context == "patient":
-        sizes = train["context"].value_counts()
+        # A lesion without a patient's id stands alone as well.
+        sizes = train.loc[train["context"] != "", "context"].value_counts()
         if (sizes == 1).all():
             notes.append("Every patient has one training lesion: comparing it with the patient's others tells nothing.")
     return notes
