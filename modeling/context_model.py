@@ -182,8 +182,9 @@ def to_probabilities(
     probabilities = np.exp(log_softmax(margins))
     risk = calibrator.transform(probabilities[:, malignant_mask].sum(axis=1))
     probabilities = apply_to_classes(probabilities, malignant_mask, risk)
-    # A class without rows has no frequency to correct from.
-    return prior_correction(probabilities, np.where(row_prior > 0, row_prior, population_prior), population_prior)
+    # A class without rows has no frequency to correct from or to: it keeps its small probability, which is never 0.
+    known = row_prior > 0
+    return prior_correction(probabilities, np.where(known, row_prior, 1.0), np.where(known, population_prior, 1.0))
 
 
 def checked_image(image: np.ndarray | None, num_classes: int, needed: bool) -> np.ndarray | None:

@@ -151,6 +151,7 @@ def render_model_card(
     metrics: Mapping[str, Mapping[str, Any]],
     clinical: Mapping[str, Mapping[str, Any]] | None = None,
     institutions: Sequence[Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Markdown text of `model_card.md`.
 
@@ -160,6 +161,7 @@ def render_model_card(
         clinical: per context the report of `training.clinical_report`, for operating points, prediction sets and
             subgroups.
         institutions: rows of `training.institution_report.leave_one_institution_out` for the last context.
+        notes: sentences on what the data could not show; repeated ones are shown once.
 
     Raises:
         ValueError: a context of the manifest has no metrics.
@@ -225,6 +227,7 @@ def render_model_card(
             if few < _FEW_MALIGNANT
             else []
         ),
+        *(f"- {note}" for note in dict.fromkeys(notes)),
         "- Measured on the data set above. Other cameras, clinics, skin tones and body sites can do worse.",
         "- Risks are calibrated to the shares in the data, which may differ from yours.",
         "- The operating threshold was chosen for sensitivity on out-of-fold predictions; misses still happen.",

@@ -13,9 +13,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Columns that give the label away or do not exist when a lesion is scored. `dx_type` tells: follow_up is always nv.
+# The last two lines: what the ISIC archive's own export, ISIC 2020 and PAD-UFES-20 call diagnosis and biopsy.
 LEAK_COLUMNS = frozenset(
     {"lesion_id", "dx_type", "mel_mitotic_index", "mel_thick_mm", "tbp_lv_dnn_lesion_confidence", "iddx_full"}
     | {f"iddx_{i}" for i in range(1, 6)}
+    | {"diagnosis", "diagnosis_confirm_type", "benign_malignant", "melanocytic", "mel_class", "mel_type", "mel_ulcer"}
+    | {f"diagnosis_{i}" for i in range(1, 6)}
+    | {"nevus_type", "concomitant_biopsy", "biopsed"}
 )
 
 CONTEXTS = ("image_only", "none", "patient")

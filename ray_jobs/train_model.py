@@ -9,20 +9,27 @@ import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from modeling.image_scorer import ExportableScorer
+from modeling.metrics import risk
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
 from training.config import BuildConfig, TrainingConfig
 from training.context_models import ContextResults
+from training.environment import describe_environment
+from training.evaluation_notes import check_trainable
 from training.evaluation_plots import plot_clinical, plot_evaluation
 from training.image_models import RunFolder, train_image_models
 from training.missed_pictures import plot_missed
 from training.model_building import build_bundle
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class TrainModelConfig(JobConfig):
@@ -63,13 +70,16 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: ContextResults) -> None:
-    """`evaluation.json`, pictures and the missed cancers' ids, for the run folder and MLflow."""
+    """Measurements, pictures, environment, out-of-fold scores and the missed cancers' ids, for the run folder and
+    MLflow. It names lesions: not for the bundle."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation = results.evaluation
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1), encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(results.comparison, indent=1), encoding="utf-8")
+    files = {"evaluation": evaluation, "comparison": results.comparison, "environment": describe_environment()}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    out_of_fold_table(version, results).to_parquet(folder / "out_of_fold.parquet", index=False)
     for context, missed in results.missed.items():
         missed.to_csv(folder / f"missed_cancers_{context}.csv", index=False)
     reference = pd.read_parquet(bundle / "reference.parquet")
@@ -82,6 +92,21 @@ def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: C
     plot_clinical(folder / "clinical.png", malignant, risks, clinical, version.task.classes, title, has_image)
 
 
+def out_of_fold_table(version: DatasetVersion, results: ContextResults) -> pd.DataFrame:
+    """Every training lesion as models that saw no lesion of its fold score it: id, fold, label (class name), and per
+    context `risk_<context>` and, of more than two classes, `<context>_<class>`."""
+    import pandas as pd
+
+    task, train = version.task, version.lesions.iloc[version.training_positions]
+    classes = np.array(task.classes, dtype=object)
+    table = {"id": train["id"].to_numpy(), "fold": train["fold"].to_numpy(), "label": classes[train["label"]]}
+    for context, probabilities in results.out_of_fold.items():
+        table[f"risk_{context}"] = risk(probabilities, task)
+        if task.num_classes > 2:
+            table |= {f"{context}_{name}": probabilities[:, index] for index, name in enumerate(task.classes)}
+    return pd.DataFrame(table)
+
+
 def summary(gate: dict[str, Any]) -> dict[str, Any]:
     """The few figures of a context that fit on one line."""
     shown = {}
@@ -91,8 +116,16 @@ def summary(gate: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def run_parameters(config: TrainModelConfig, version: DatasetVersion) -> dict[str, Any]:
+    """What made the model, for MLflow: dataset digest, code, and the resolved config of whatever was trained."""
+    training = config.training.model_dump() if version.images_path is not None else {"seed": config.training.seed}
+    facts = {"dataset": version.digest, "git_commit": git_commit()}
+    return facts | _flatten(training) | _flatten(config.build.model_dump(), "build.")
+
+
 def run(config: TrainModelConfig) -> dict[str, Any]:
     version = open_dataset(config.dataset)
+    check_trainable(version)
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = RunFolder(Path(config.runs) / run_name, config.training, version)
     out_of_fold, fold_metrics, scorer = None, [], None
@@ -132,12 +165,9 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     registered = registry.log_candidate(
         directory,
         run_name=run_name,
-        params={
-            "dataset": version.digest,
-            **_flatten(config.training.model_dump() if scorer else config.build.model_dump()),
-        },
+        params=run_parameters(config, version),
         metrics=flat_metrics(results.evaluation)
-        | {f"fold_{row['fold']}.{name}": float(row[name]) for row in fold_metrics for name in ("auc", "pauc")},
+        | {f"fold_{row['fold']}.{name}": row[name] for row in fold_metrics for name in ("auc", "pauc")},
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},
     )

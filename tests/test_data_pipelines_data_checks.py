@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_pipelines.data_checks import CheckLimits, run_checks
+from data_pipelines.data_checks import CheckLimits, run_checks, telling_columns
 from data_pipelines.dataset_version import SplitSettings, prepare_version
 from data_pipelines.image_dataset import open_dataset
 from data_pipelines.synthetic_lesions import LesionAppearance, encode_jpeg, render_lesion
@@ -133,6 +133,51 @@ def test_a_column_that_gives_the_label_away_fails(data, kind):
     verdict, detail = data.check(task=task)["unknown leaks"]
     assert verdict == "fail" and "code (AUC 1.000)" in detail
     assert "age" not in detail
+
+
+TARGET = np.tile([1, 0, 0, 0], 60)
+
+
+@pytest.mark.parametrize(
+    ("copy", "lowest"),
+    [
+        (TARGET, 1.0),
+        (-1000.0 * TARGET, 1.0),
+        (np.array(["m", "b"])[1 - TARGET], 1.0),
+        # Noisy copies: a tenth of the labels flipped, a wide spread added, half of the values lost.
+        (np.where(np.arange(240) % 13 == 0, 1 - TARGET, TARGET), 0.9),
+        (TARGET + np.random.default_rng(2).normal(0, 0.4, 240), 0.93),
+        (np.where(np.arange(240) % 5 == 0, np.nan, TARGET), 1.0),
+        # A diagnosis code: malignant ones lie between benign ones, so that its order tells little.
+        (np.where(TARGET == 1, 3, np.arange(240) % 2 * 5), 1.0),
+    ],
+    ids=["copy", "scaled", "category", "flipped", "noisy", "gaps", "code"],
+)
+def test_a_renamed_copy_of_the_label_is_flagged_by_its_auc_alone(copy, lowest):
+    columns = {"renamed": copy, "age": np.random.default_rng(3).integers(20, 80, 240)}
+    found = telling_columns(pd.DataFrame(columns), columns, TARGET == 1, 0.9)
+    assert list(found) == ["renamed"] and lowest <= found["renamed"] <= 1.0
+
+
+def test_a_column_that_nearly_gives_the_label_away_warns(data):
+    data.table["code"] = data.table["target"] + np.random.default_rng(2).normal(0, 0.4, len(data.table))
+    task = TASK.model_copy(update={"columns": {**TASK.columns, "code": TASK.columns["size_mm"]}})
+    data.table["code"] = data.table["code"].clip(lower=0)
+    verdict, detail = data.check(task=task, decode_check=False)["unknown leaks"]
+    assert verdict == "warn" and "is it known before the diagnosis? code (AUC 0.9" in detail
+
+
+def test_too_few_malignant_rows_leave_leaks_unchecked_and_say_so(data):
+    data.table["target"] = (data.table.index % 20 == 0).astype(int)
+    verdict, detail = data.check(decode_check=False)["unknown leaks"]
+    assert (verdict, detail) == ("warn", "not checked: 12 malignant and 228 benign rows; expected 20 of each")
+
+
+def test_a_constant_column_warns(data):
+    data.table["age"], data.table["site"] = 50.0, "torso"
+    data.table.loc[3, "site"] = np.nan
+    verdicts = data.check(decode_check=False)
+    assert verdicts["constant columns"] == ("warn", "the same value in every row: age, site")
 
 
 def test_a_rare_category_is_not_a_leak_by_chance(data):

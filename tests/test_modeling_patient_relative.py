@@ -51,6 +51,17 @@ def test_a_lesion_on_its_own_and_equal_lesions_stand_in_the_middle():
     np.testing.assert_array_equal(percentile_ranks(values, codes), np.full((4, 1), 0.5))
 
 
+def test_a_patient_of_a_thousand_lesions_among_small_ones():
+    rng = np.random.default_rng(1)
+    values = np.round(rng.normal(5, 2, size=(1200, 2)), 2)
+    codes = rng.permutation(np.concatenate([np.zeros(1000, dtype=int), np.arange(1, 201)]))
+    large = values[codes == 0]
+    z, ranks = z_scores(values, codes), percentile_ranks(values, codes)
+    np.testing.assert_allclose(z[codes == 0], (large - large.mean(axis=0)) / large.std(axis=0), atol=1e-9)
+    np.testing.assert_allclose(ranks[codes == 0], (rankdata(large, axis=0) - 0.5) / 1000)
+    assert (z[codes > 0] == 0).all() and (ranks[codes > 0] == 0.5).all()
+
+
 def test_all_missing_and_empty_columns():
     values, codes = np.full((3, 2), np.nan), np.zeros(3, dtype=int)
     assert np.isnan(z_scores(values, codes)).all() and np.isnan(percentile_ranks(values, codes)).all()

@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from data_pipelines.synthetic_dataset import SHIFTS, write_sample
-from data_pipelines.synthetic_metadata import TEST_COLUMNS
+from data_pipelines.synthetic_metadata import TEST_COLUMNS, build_metadata
+from data_pipelines.synthetic_patients import draw_latents
 from ray_jobs.job import REPO_ROOT, parse_config, read_yaml, run_job
 from ray_jobs.prepare_dataset import PrepareDatasetConfig, run
 
@@ -64,6 +66,59 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, says, sample, tmp_path, m
     last = written.err.strip().splitlines()[-1]
     assert exit_.value.code == 2 and written.out == ""
     assert last.startswith("prepare_dataset: error:") and says in last
+
+
+def as_a_user(flags, monkeypatch, capsys):
+    """Exit code and last line of stderr."""
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        run_job("prepare_dataset", PrepareDatasetConfig, run)
+    written = capsys.readouterr()
+    assert written.out == "" and "Traceback" not in written.err
+    return exit_.value.code, written.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "leak",
+    ["tbp_lv_dnn_lesion_confidence", "iddx_full", "iddx_1", "mel_thick_mm", "lesion_id", "dx_type", "diagnosis"],
+)
+def test_a_leak_among_the_columns_is_refused_by_name(leak, sample, tmp_path, monkeypatch, capsys):
+    settings = read_yaml(REPO_ROOT / "configs/prepare_dataset.yaml")
+    settings["task"]["columns"][leak] = {"kind": "categorical"}
+    file = tmp_path / "leak.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    files = ["--images", "null", "--metadata", f"{sample[0]}/train-metadata.csv", "--out", str(tmp_path / "out")]
+    code, line = as_a_user(["--config", str(file), *files], monkeypatch, capsys)
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert line.startswith("prepare_dataset: error: task: columns") and f"['{leak}'] leak the label" in line
+
+
+@pytest.mark.parametrize("kind", ["numeric", "categorical"])
+def test_a_renamed_copy_of_the_label_fails_the_check_in_one_line(kind, tmp_path, monkeypatch, capsys):
+    latents = draw_latents(60, 6.0, 0.2, np.random.default_rng(0))
+    table = build_metadata(latents, np.random.default_rng(1), "0001")
+    copies = {"numeric": 40 - 3.0 * latents.target, "categorical": np.array(list("ab"))[latents.target]}
+    table["score_v2"] = copies[kind]
+    table.to_csv(tmp_path / "train-metadata.csv", index=False)
+    settings = read_yaml(REPO_ROOT / "configs/prepare_dataset.yaml") | {"images": None, "num_folds": 2}
+    settings["task"]["columns"]["score_v2"] = {"kind": kind}
+    file = tmp_path / "copy.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    flags = ["--metadata", str(tmp_path / "train-metadata.csv"), "--out", str(tmp_path / "out"), "--check"]
+    code, line = as_a_user(["--config", str(file), *flags], monkeypatch, capsys)
+    assert code == 2 and "data tests failed" in line
+    assert "one column alone gives the label: score_v2 (AUC 1.000)" in line and "nevi" not in line
+
+
+def test_cancers_of_one_patient_alone_cannot_be_spread_over_folds(tmp_path, monkeypatch, capsys):
+    latents = draw_latents(40, 6.0, 0.2, np.random.default_rng(0))
+    table = build_metadata(latents, np.random.default_rng(1), "0001")
+    table["target"] = (table["patient_id"] == "IP_000100003").astype(int)
+    table.to_csv(tmp_path / "train-metadata.csv", index=False)
+    flags = ["--images", "null", "--metadata", str(tmp_path / "train-metadata.csv"), "--out", str(tmp_path / "out")]
+    code, line = as_a_user(["--config", str(REPO_ROOT / "configs/prepare_dataset.yaml"), *flags], monkeypatch, capsys)
+    assert code == 2 and line.startswith("prepare_dataset: error: class 'malignant' has")
+    assert "groups outside the gate split; expected at least 5 (num_folds)" in line
 
 
 def test_both_shipped_tasks_describe_the_official_columns():

@@ -8,7 +8,8 @@ import pytest
 import ray
 
 from data_pipelines.image_dataset import open_dataset
-from data_pipelines.synthetic_dataset import SHIFTS, write_sample
+from data_pipelines.synthetic_metadata import build_metadata
+from data_pipelines.synthetic_patients import draw_latents
 from modeling.bundle import load_bundle
 from modeling.metrics import roc_auc
 from modeling.registry import Registry
@@ -23,8 +24,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metadata(home):
-    write_sample(home / "sample", 150, 6.0, 0.15, 0, SHIFTS["none"], lambda line: None)
-    return home / "sample" / "train-metadata.csv"
+    rng = np.random.default_rng([0, 150])
+    latents = draw_latents(150, 6.0, 0.15, rng)
+    build_metadata(latents, rng, "0000").to_csv(home / "train-metadata.csv", index=False)
+    return home / "train-metadata.csv"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,33 @@ def test_the_same_rows_and_seed_give_the_same_scores(home, prepared, trained):
     for name in ("risk_none", "risk_patient"):
         scores = [load_bundle(result["bundle"]).reference()[name].to_numpy() for result in (trained, again)]
         assert np.abs(scores[0] - scores[1]).max() < 1e-6
+    tables = [pd.read_parquet(f"{result['report']}/out_of_fold.parquet") for result in (trained, again)]
+    version = open_dataset(prepared["dataset"])
+    rows = version.lesions.iloc[version.training_positions]
+    for table in tables:
+        assert list(table.columns) == ["id", "fold", "label", "risk_none", "risk_patient"]
+        assert (table["id"].to_numpy() == rows["id"].to_numpy()).all()
+        assert ((table["label"] == "malignant") == (rows["label"].to_numpy() == 1)).all()
+    for name in ("risk_none", "risk_patient"):
+        assert np.abs(tables[0][name] - tables[1][name]).max() < 1e-6
+    # They are the scores that the report was measured on.
+    report = json.loads((home / "runs" / "tabular" / "report" / "evaluation.json").read_text())
+    measured = roc_auc((tables[0]["label"] == "malignant").to_numpy(), tables[0]["risk_patient"].to_numpy())
+    assert measured == pytest.approx(report["patient"]["out_of_fold"]["auc"]["value"])
+
+
+def test_the_run_records_code_config_data_and_environment(home, prepared, trained):
+    registered = Registry(**registry(home))
+    run = registered.client.get_run(registered.resolve(trained["model_version"]).run_id)
+    params = run.data.params
+    assert params["dataset"] == prepared["digest"] and params["git_commit"] == train_model.git_commit() != "unknown"
+    assert (params["seed"], params["build.num_bootstrap"], params["build.fusion.num_leaves"]) == ("0", "50", "8")
+    report = {item.path for item in registered.client.list_artifacts(run.info.run_id, "report")}
+    assert {"report/environment.json", "report/out_of_fold.parquet", "report/evaluation.json"} <= report
+    environment = json.loads((home / "runs" / "tabular" / "report" / "environment.json").read_text())
+    assert environment["packages"]["lightgbm"] and environment["cpus"] >= 1
+    manifest = load_bundle(trained["bundle"]).manifest
+    assert manifest.git_commit == params["git_commit"] and manifest.training["build"]["num_bootstrap"] == 50
 
 
 def test_scores_separate_cancers_and_need_no_pictures(home, metadata, trained):
@@ -116,6 +146,17 @@ def test_a_lesion_alone_is_scored_by_the_context_without_its_patient(home, metad
     assert (
         score_dataset.run(scoring(home, trained["bundle"], home / "single.csv", "single.csv.csv"))["context"] == "none"
     )
+
+
+def test_rows_without_a_single_value_are_scored_near_the_prevalence(home, metadata, trained):
+    task = load_bundle(trained["bundle"]).task
+    empty = pd.read_csv(metadata).head(30)
+    empty[list(task.columns)] = np.nan
+    empty.to_csv(home / "empty.csv", index=False)
+    result = score_dataset.run(scoring(home, trained["bundle"], home / "empty.csv", "empty.csv.csv"))
+    assert (result["rows"], result["quarantined"]) == (30, 0)
+    scores, share = pd.read_csv(home / "empty.csv.csv")["target"], pd.read_csv(metadata)["target"].mean()
+    assert scores.between(0.3 * share, 3 * share).all()
 
 
 def test_it_can_be_promoted_but_not_served(home, trained):

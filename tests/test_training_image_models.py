@@ -98,3 +98,13 @@ def test_what_was_trained_before_a_failure_is_not_trained_again(tmp_path, monkey
     scores, _, _ = train_image_models(TrainingConfig(), version, folder, 1, lambda line: None)
     assert np.isfinite(scores).all()
     assert set(second.begun) == {"refit", "fold_0", "fold_1", "fold_2"} - kept
+
+
+def test_metrics_of_a_fold_without_malignant_lesions_are_null_in_the_record(tmp_path, version):
+    folder = RunFolder(tmp_path / "run", TrainingConfig(), version)
+    trained = TrainedImageModel(tmp_path, {"auc": float("nan"), "pauc": np.float64("nan"), "train_loss": 0.5})
+    first = folder.train("fold_0", lambda: trained)
+    record = (tmp_path / "run" / "fold_0.json").read_text()
+    assert "NaN" not in record and '"auc": null' in record
+    again = folder.train("fold_0", lambda: pytest.fail("trained twice"))
+    assert first == again and again.metrics == {"auc": None, "pauc": None, "train_loss": 0.5}

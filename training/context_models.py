@@ -19,6 +19,7 @@ from modeling.metrics import evaluate, risk
 from modeling.schema import Context
 from training.clinical_report import clinical_report, missed_cancers, paired_gains
 from training.config import BuildConfig, TrainingConfig
+from training.evaluation_notes import evaluation_notes
 from training.institution_report import institution_names, leave_one_institution_out
 
 TABULAR_ONLY = "tabular_only"
@@ -29,11 +30,14 @@ class ContextResults:
     """What was measured.
 
     Attributes:
-        evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical"}, JSON-ready.
+        evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical", "notes"}, JSON-ready; what cannot be
+            measured is None, and a note says why.
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
             rows of `paired_gains`; "institutions": rows of `leave_one_institution_out` of the last context, or None}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
         thresholds: context -> risk from which a lesion counts as found.
+        out_of_fold: context -> float64 (N, K) of the training rows, each by a model that saw no row of its fold (but
+            for the risk calibration, two numbers fitted on all of them).
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
 
@@ -41,6 +45,7 @@ class ContextResults:
     comparison: dict[str, Any] = field(default_factory=dict)
     gate_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    out_of_fold: dict[str, np.ndarray] = field(default_factory=dict)
     missed: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
@@ -74,14 +79,14 @@ def fit_contexts(
         say(f"context {context}: fusion, calibration, thresholds, evaluation")
         model, fused = fitting.fit(context, out_of_fold)
         probabilities = fitting.predict(model, fitting.held_out, gate_images)
-        report = fitting.evaluate(model, probabilities, fused)
+        report = fitting.evaluate(model, probabilities, fused) | {"notes": evaluation_notes(version, context)}
         results.evaluation[context], results.gate_probabilities[context] = report, probabilities
-        results.thresholds[context] = model.thresholds.threshold
+        results.thresholds[context], results.out_of_fold[context] = model.thresholds.threshold, fused
         results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, results.thresholds[context])
         risks["gate"][context], risks["out_of_fold"][context] = risk(probabilities, task), risk(fused, task)
         model.save(directory / "contexts" / context)
         path = directory / "contexts" / context / "metrics.json"
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
     results.comparison[TABULAR_ONLY] = None
     if gate_images is not None and task.columns:
@@ -93,6 +98,8 @@ def fit_contexts(
         risks["gate"] = {TABULAR_ONLY: risk(probabilities, task)} | risks["gate"]
         risks["out_of_fold"] = {TABULAR_ONLY: risk(fused, task)} | risks["out_of_fold"]
     results.comparison["institutions"] = fitting.institutions(context, out_of_fold, risks["out_of_fold"][context], say)
+    for note in dict.fromkeys(note for report in results.evaluation.values() for note in report["notes"]):
+        say(f"note: {note}")
     say("paired differences between the models")
     results.comparison["gains"] = {split: fitting.gains(split, scores) for split, scores in risks.items()}
     return results

@@ -17,6 +17,13 @@ def _names(has_image: bool) -> dict[str, str]:
     return {"image_only": "image", "none": metadata, "patient": f"{metadata} + patient"}
 
 
+def _undefined_curve(malignant: np.ndarray) -> str | None:
+    """Why there is no curve, where one class is absent: any line drawn then would be made up."""
+    if malignant.any() and not malignant.all():
+        return None
+    return f"not measurable: no {'benign' if malignant.any() else 'malignant'} lesion"
+
+
 def plot_evaluation(
     path: Path, malignant: np.ndarray, risks: dict[str, np.ndarray], title: str, has_image: bool, num_bins: int = 10
 ) -> None:
@@ -36,11 +43,14 @@ def plot_evaluation(
     names = _names(has_image)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     left.axhspan(MIN_TPR, 1.0, color="#f0c05a", alpha=0.25, lw=0, label="pAUC counts here (sensitivity ≥ 0.8)")
-    largest = 0.0
+    largest, undefined = 0.0, _undefined_curve(malignant)
+    if undefined:
+        left.text(0.5, 0.5, undefined, ha="center")
     for context, scores in risks.items():
         label = names.get(context, context)
-        false_positive, true_positive, _ = roc_curve(malignant, scores)
-        left.plot(false_positive, true_positive, lw=1.8, label=label)
+        if not undefined:
+            false_positive, true_positive, _ = roc_curve(malignant, scores)
+            left.plot(false_positive, true_positive, lw=1.8, label=label)
         edges = np.unique(np.quantile(scores, np.linspace(0, 1, num_bins + 1)))
         bins = np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, max(len(edges) - 2, 0))
         used = np.unique(bins)
@@ -96,9 +106,13 @@ def plot_clinical(
         layout="constrained",
     )
     curve, decision, confusion, subgroups = (axes[name] for name in ("curve", "decision", "confusion", "subgroups"))
+    undefined = _undefined_curve(malignant)
+    if undefined:
+        curve.text(0.5, 0.5, undefined, ha="center")
     for context, scores in risks.items():
-        precision, recall, _ = precision_recall_curve(malignant, scores)
-        curve.plot(recall, precision, lw=1.6, label=names.get(context, context))
+        if not undefined:
+            precision, recall, _ = precision_recall_curve(malignant, scores)
+            curve.plot(recall, precision, lw=1.6, label=names.get(context, context))
         rows = clinical[context]["net_benefit"]
         thresholds = [row["threshold"] for row in rows]
         decision.plot(thresholds, [row["model"] for row in rows], "o-", ms=4, lw=1.6, label=names.get(context, context))

@@ -38,11 +38,13 @@ class RunFolder:
             if Path(facts["checkpoint"]).exists():
                 return TrainedImageModel(Path(facts["checkpoint"]), facts["metrics"])
         model = train()
-        facts = {"checkpoint": str(model.checkpoint), "metrics": model.metrics}
+        # A fold without malignant lesions has no AUC: null, since JSON knows no NaN.
+        metrics = {name: None if value != value else value for name, value in model.metrics.items()}
+        facts = {"checkpoint": str(model.checkpoint), "metrics": metrics}
         temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts, default=float), encoding="utf-8")
+        temporary.write_text(json.dumps(facts, default=float, allow_nan=False), encoding="utf-8")
         temporary.replace(record)
-        return model
+        return TrainedImageModel(model.checkpoint, metrics)
 
 
 def train_image_models(

@@ -73,7 +73,8 @@ def build_bundle(
     }
     gate = {context: report["gate"] for context, report in results.evaluation.items()}
     clinical = {context: report["clinical"] for context, report in results.evaluation.items()}
-    card = render_model_card(fields, gate, clinical, results.comparison["institutions"])
+    notes = [note for report in results.evaluation.values() for note in report["notes"]]
+    card = render_model_card(fields, gate, clinical, results.comparison["institutions"], notes)
     (directory / "model_card.md").write_text(card, encoding="utf-8")
     return write_manifest(directory, fields), results
 

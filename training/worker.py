@@ -77,6 +77,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         return
 
     for epoch in range(first_epoch, config.optimizer.epochs):
+        # Dropout draws the same masks in a resumed epoch as in one that was not cut short.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, epoch, rank]).generate_state(1)[0]))
         if rank == 0:
             cursor.announce(epoch)
         # Every worker asks for batches only after the announcement; the split waits for all of them.
