@@ -139,6 +139,7 @@ def _finish(
         write_search_report(Path(directory), ledger, plan.space)
         (Path(directory) / "best_config.yaml").write_text(text, encoding="utf-8")
         tracking.log_files(Path(directory))
+    folder.remove_checkpoints()
     return {
         "best_config": file,
         "best": best.params,

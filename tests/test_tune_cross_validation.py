@@ -143,11 +143,14 @@ class Driver:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, ray_cluster, dataset):
+    whole = Driver(tmp_path, ray_cluster, dataset, "whole")
+    (whole.calls / "go").touch()
+    beside = whole.start()
     driver = Driver(tmp_path, ray_cluster, dataset, "night")
     process = driver.start()
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not (driver.calls / "2_1_0").exists():
         assert process.poll() is None, (tmp_path / "night.log").read_text()[-6000:]
         assert time.monotonic() < deadline, "trial 2 never began its second fold"
@@ -160,9 +163,7 @@ def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, ray_
 
     (driver.calls / "go").touch()
     resumed = driver.result(driver.start(resume=True))
-    whole = Driver(tmp_path, ray_cluster, dataset, "whole")
-    (whole.calls / "go").touch()
-    uninterrupted = whole.result(whole.start())
+    uninterrupted = whole.result(beside)
 
     # Every fold was trained once, but for the one that the kill cut off; trial 3 was pruned after its first.
     once = {

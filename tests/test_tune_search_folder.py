@@ -70,3 +70,15 @@ def test_a_fold_that_was_cut_off_has_begun_but_has_no_record(tmp_path):
     assert records.get(0) is None and records.begun(0, "trial_1_fold_0")
     records.train(0, "trial_1_fold_0", trainings)
     assert trainings.names == ["trial_1_fold_0"] * 2 and records.get(0)["auc"] == 0.8
+
+
+def test_a_search_that_is_over_keeps_records_only(tmp_path):
+    folder = SearchFolder(str(tmp_path), "night")
+    folder.remove_checkpoints()
+    records = FoldRecords(folder.url, TrainingConfig(), "d1")
+    records.train(0, "trial_1_fold_0", Trainings())
+    with pytest.raises(KeyboardInterrupt):
+        records.train(1, "trial_1_fold_1", lambda path, name: Trainings()(path, name, cut_off=True))
+    folder.remove_checkpoints()
+    assert [path.suffix for path in (tmp_path / "night" / "folds").iterdir()] == [".json"]
+    assert records.get(0) is not None

@@ -88,6 +88,15 @@ class SearchFolder:
                 + "; resume it with what it was started with, or give another name"
             )
 
+    def remove_checkpoints(self) -> None:
+        """Deletes what cut off folds of a search that is over have left; the records stay."""
+        from fsspec.core import url_to_fs
+
+        files, path = url_to_fs(f"{self.url}/folds")
+        for entry in files.ls(path, detail=False) if files.exists(path) else []:
+            if not entry.endswith(".json"):
+                files.rm(entry, recursive=True)
+
 
 class FoldRecords:
     """The folds of one training config that this search has finished.
