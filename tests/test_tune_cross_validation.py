@@ -102,7 +102,8 @@ class Driver:
     def config(self, **more):
         train_model = {
             "dataset": self.dataset,
-            "tracking_uri": f"sqlite:///{self.folder}/mlflow.db",
+            # One each: two searches that write to one SQLite file at a time would wait for each other.
+            "tracking_uri": f"sqlite:///{self.folder}/{self.name}.db",
             "artifact_root": str(self.folder / "artifacts"),
         }
         return {
@@ -184,7 +185,7 @@ def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, ray_
     assert {name: resumed[name] for name in same} == {name: uninterrupted[name] for name in same}
     assert (resumed["best_trial"], resumed["trials"], resumed["pruned"]) == (2, 4, 1)
 
-    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db", "dermray", str(tmp_path / "artifacts"))
+    registry = Registry(f"sqlite:///{tmp_path}/night.db", "dermray", str(tmp_path / "artifacts"))
     experiment = registry.client.get_experiment_by_name("dermray").experiment_id
     parents = registry.client.search_runs([experiment], f"tags.`dermray.search` = '{tmp_path}/searches/night'")
     assert [run.info.status for run in parents] == ["FINISHED"]
