@@ -94,10 +94,10 @@ def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> d
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)
     check_networks(config.space, base)
-    folder.claim(plan.identity(version.digest), config.resume)
+    search_id = folder.claim(plan.identity(version.digest), config.resume)
     connect_ray()
     say(f"search {name}: {plan.num_trials} trials of up to {plan.num_folds} folds over {sorted(plan.space)}")
-    tracking = SearchTracking(base.tracking_uri, base.model_name, base.artifact_root, folder.url)
+    tracking = SearchTracking(base.tracking_uri, base.model_name, base.artifact_root, search_id)
     parent = tracking.start(name, plan.identity(version.digest))
     status = "FAILED"
     try:

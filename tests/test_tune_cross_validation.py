@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, ray_
 
     registry = Registry(f"sqlite:///{tmp_path}/night.db", "dermray", str(tmp_path / "artifacts"))
     experiment = registry.client.get_experiment_by_name("dermray").experiment_id
-    parents = registry.client.search_runs([experiment], f"tags.`dermray.search` = '{tmp_path}/searches/night'")
+    parents = registry.client.search_runs([experiment], "tags.`mlflow.runName` = 'night'")
     assert [run.info.status for run in parents] == ["FINISHED"]
     children = {run.info.run_name: run for run in registry.children(resumed["mlflow_run"])}
     assert sorted(children) == ["trial_1", "trial_2", "trial_3", "trial_4"]

@@ -142,6 +142,6 @@ def test_a_failed_trial_says_why(tmp_path, clock):
 def test_what_ray_tune_pickles_holds_no_connection(tmp_path):
     from tune.search_tracking import SearchTracking
 
-    tracking = SearchTracking(f"sqlite:///{tmp_path}/mlflow.db", "dermray", str(tmp_path), "searches/night")
+    tracking = SearchTracking(f"sqlite:///{tmp_path}/mlflow.db", "dermray", str(tmp_path), "4f1d")
     tracking._registry._connected = lambda: "a lambda cannot be pickled"
     assert pickle.loads(pickle.dumps(tracking))._settings == tracking._settings

@@ -11,8 +11,9 @@ IDENTITY = {"dataset": "d1", "space": {"optimizer.learning_rate": {"low": 0.1, "
 
 def test_a_search_is_resumed_with_what_it_was_started_with(tmp_path):
     folder = SearchFolder(str(tmp_path), "night")
-    folder.claim(IDENTITY, resume=False)
-    folder.claim(IDENTITY, resume=True)
+    search_id = folder.claim(IDENTITY, resume=False)
+    assert folder.claim(IDENTITY, resume=True) == search_id
+    assert SearchFolder(str(tmp_path), "day").claim(IDENTITY, resume=False) != search_id
     other = {**IDENTITY, "space": {"optimizer.learning_rate": {"low": 0.1, "high": 0.5}}}
     with pytest.raises(ValueError, match=r"space.optimizer.learning_rate.high was 0.2, now 0.5; resume it with"):
         folder.claim(other, resume=True)

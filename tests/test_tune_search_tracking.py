@@ -14,7 +14,7 @@ def test_a_restarted_search_adds_nothing_twice(tmp_path):
     registry = Registry(*settings)
 
     def tracking():
-        return SearchTracking(*settings, search_url="/searches/night")
+        return SearchTracking(*settings, search_id="4f1d")
 
     first = tracking()
     parent = first.start("night", {"num_trials": 4})
@@ -49,4 +49,9 @@ def test_a_restarted_search_adds_nothing_twice(tmp_path):
     assert [(point.step, round(point.value, 4)) for point in points] == [(0, 0.17), (1, 0.145), (2, 0.14)]
     steps = [point.step for point in registry.client.get_metric_history(parent, "cpu_hours")]
     assert steps == [4, 5]
-    assert isinstance(ledger, SearchLedger) and registry.client.get_run(parent).info.status == "FINISHED"
+    assert registry.client.get_run(parent).info.status == "FINISHED"
+    # Another search of the same name, as after its folder was deleted, leaves these runs alone.
+    other = SearchTracking(*settings, search_id="77aa")
+    assert other.start("night", {}) != parent
+    other.sync(SearchLedger(num_trials=1, num_folds=1))
+    assert len(registry.children(parent)) == 3

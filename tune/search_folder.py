@@ -1,6 +1,6 @@
 """A search's folder: whose search it is, and the finished folds of its trials, which no restart trains again.
 
-search.json   what the search was started with
+search.json   the search's id and what it was started with
 ledger.json   trials, scores and cost so far
 tune/         Ray Tune's experiment
 folds/        a record per finished fold; checkpoints of folds in training
@@ -56,8 +56,8 @@ class SearchFolder:
         self.tune_path = f"{self.url}/tune"
         self.ledger = f"{self.url}/ledger.json"
 
-    def claim(self, identity: dict[str, Any], resume: bool) -> None:
-        """Makes the folder this search's, or checks that it is.
+    def claim(self, identity: dict[str, Any], resume: bool) -> str:
+        """Makes the folder this search's, or checks that it is; returns the search's id.
 
         Args:
             identity: what decides the trials' results, as JSON values.
@@ -74,11 +74,12 @@ class SearchFolder:
                     f"search_name = {self.name!r}: there is such a search in {self.url}; "
                     "go on with it by --resume true, or give another name"
                 )
-            write_json(marker, identity)
-            return
+            known = {"id": uuid.uuid4().hex, "started_with": identity}
+            write_json(marker, known)
+            return known["id"]
         if known is None:
             raise ValueError(f"search_name = {self.name!r}: no such search in {self.url} to resume")
-        then, now = _flat(known), _flat(identity)
+        then, now = _flat(known["started_with"]), _flat(identity)
         changed = [field for field in {**then, **now} if then.get(field) != now.get(field)]
         if changed:
             shown = ", ".join(f"{field} was {then.get(field)!r}, now {now.get(field)!r}" for field in changed[:3])
@@ -87,6 +88,7 @@ class SearchFolder:
                 + (f", and {len(changed) - 3} more" if len(changed) > 3 else "")
                 + "; resume it with what it was started with, or give another name"
             )
+        return known["id"]
 
     def remove_checkpoints(self) -> None:
         """Deletes what cut off folds of a search that is over have left; the records stay."""

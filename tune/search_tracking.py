@@ -20,13 +20,13 @@ class SearchTracking:
     """The MLflow runs of one search.
 
     Args:
-        search_url: the search's folder, by which its parent run is found again.
+        search_id: from `SearchFolder.claim`; the parent run is found again by it.
     """
 
-    def __init__(self, tracking_uri: str, model_name: str, artifact_root: str, search_url: str):
-        self._settings = (tracking_uri, model_name, artifact_root, search_url)
+    def __init__(self, tracking_uri: str, model_name: str, artifact_root: str, search_id: str):
+        self._settings = (tracking_uri, model_name, artifact_root, search_id)
         self._registry = Registry(tracking_uri, model_name, artifact_root)
-        self._url = search_url
+        self._id = search_id
         self._parent: str | None = None
         # Trial id -> run id, number of folds logged, state logged.
         self._children: dict[str, tuple[str, int, str]] = {}
@@ -39,15 +39,15 @@ class SearchTracking:
     def start(self, name: str, params: Mapping[str, Any]) -> str:
         """Starts the parent run, or goes on with that of a restarted search; returns its id."""
         registry = self._registry
-        self._parent = registry.find_run({"dermray.search": self._url})
+        self._parent = registry.find_run({"dermray.search": self._id})
         if self._parent is None:
-            self._parent = registry.start_parent(name, params, {"dermray.search": self._url})
+            self._parent = registry.start_parent(name, params, {"dermray.search": self._id})
         registry.client.update_run(self._parent, status="RUNNING")
         return self._parent
 
     def _connect(self) -> str:
         if self._parent is None:
-            self._parent = self._registry.find_run({"dermray.search": self._url})
+            self._parent = self._registry.find_run({"dermray.search": self._id})
             assert self._parent is not None, "the search's parent run was not started"
         if not self._children:
             client = self._registry.client
