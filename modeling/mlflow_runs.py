@@ -80,21 +80,35 @@ class MlflowRuns:
         self._log_params(run_id, params)
         return run_id
 
-    def log_trial(
-        self,
-        parent_run_id: str,
-        name: str,
-        params: Mapping[str, Any],
-        metrics: Sequence[Mapping[str, float]] | Mapping[str, float],
-        tags: Mapping[str, str] | None = None,
-    ) -> str:
-        """Logs a finished child run and returns its id; a list of metrics becomes steps 0, 1, ..."""
-        run_id = self.start_parent(name, params, {**(tags or {}), "mlflow.parentRunId": parent_run_id})
-        self.log_metrics(run_id, metrics)
-        self.finish(run_id)
-        return run_id
+    def find_run(self, tags: Mapping[str, str]) -> str | None:
+        """The newest run that has these tags, or None."""
+        experiment = self.client.get_experiment_by_name(self.model_name).experiment_id
+        wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        found = self.client.search_runs([experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
+        return found[0].info.run_id if found else None
 
-    def log_metrics(self, run_id: str, metrics: Sequence[Mapping[str, float]] | Mapping[str, float]) -> None:
+    def children(self, parent_run_id: str) -> list[Any]:
+        """The MLflow runs below a parent, deleted ones left out."""
+        experiment = self.client.get_experiment_by_name(self.model_name).experiment_id
+        wanted, token = f"tags.`mlflow.parentRunId` = '{parent_run_id}'", None
+        runs: list[Any] = []
+        while token is None or token:
+            page = self.client.search_runs([experiment], wanted, max_results=1000, page_token=token)
+            runs, token = runs + list(page), page.token or ""
+        return runs
+
+    def start_child(
+        self, parent_run_id: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Starts a run below another one and returns its id."""
+        return self.start_parent(name, params, {**(tags or {}), "mlflow.parentRunId": parent_run_id})
+
+    def log_metrics(
+        self,
+        run_id: str,
+        metrics: Sequence[Mapping[str, float]] | Mapping[str, float],
+        first_step: int = 0,
+    ) -> None:
         """Logs one set of metrics, or one per step; undefined (None, NaN) ones are left out."""
         from mlflow.entities import Metric
 
@@ -102,7 +116,7 @@ class MlflowRuns:
         rows = [metrics] if isinstance(metrics, Mapping) else metrics
         entries = [
             Metric(name, float(value), now, step)
-            for step, row in enumerate(rows)
+            for step, row in enumerate(rows, first_step)
             for name, value in row.items()
             if value is not None and math.isfinite(value)
         ]

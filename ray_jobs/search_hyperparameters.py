@@ -1,21 +1,36 @@
-"""Ray Tune over the folds: Optuna proposes, ASHA stops poor trials between folds; every trial goes to MLflow, and the
-best config becomes a file that `train_model --config` takes."""
+"""Ray Tune over the folds: Optuna proposes, ASHA prunes poor trials between folds; trials go to MLflow as they run, and
+the best config becomes a file that `train_model --config` takes. A search that was cut off goes on with the same
+config, its `--search-name` and `--resume true`."""
 
 from __future__ import annotations
 
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipelines.image_dataset import open_dataset
-from modeling.registry import Registry
+from modeling.image_scorer import create_scorer
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
-from tune.cross_validation import METRIC, run_search, trial_history
-from tune.search_space import SearchSpace, check_space, with_overrides
+from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
+from tune.search_folder import SearchFolder
+from tune.search_ledger import METRIC, SearchLedger, search_line
+from tune.search_plots import write_search_report
+from tune.search_space import SearchSpace, check_space, networks, trial_config
+from tune.search_tracking import SearchTracking
+
+
+class PruningConfig(BaseModel):
+    """ASHA, in folds: at 1, 2, 4, ... folds (with the defaults) a trial below the median of those before it ends."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_folds: int = Field(1, ge=1, description="folds that every trial trains")
+    reduction_factor: float = Field(2.0, gt=1.0, le=16.0, description="about one trial in so many goes on at a rung")
 
 
 class SearchHyperparametersConfig(JobConfig):
@@ -23,62 +38,121 @@ class SearchHyperparametersConfig(JobConfig):
     space: SearchSpace = Field(min_length=1, description="training field -> distribution")
     num_trials: int = Field(8, ge=1, le=10_000)
     num_folds: int | None = Field(None, ge=1, description="folds a full trial trains; null: all of the data set's")
-    max_concurrent: int = Field(1, ge=1, le=1024, description="trials at a time")
+    max_concurrent: int = Field(1, ge=1, le=1024, description="trials at a time; fewer where the cluster is too small")
+    pruning: PruningConfig = Field(default_factory=PruningConfig)
     seed: int = Field(0, ge=0)
-    search_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
+    search_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="name it to resume it")
+    resume: bool = Field(False, description="go on with the search of this name")
     searches: Location = "searches"
     best_config: Location | None = Field(None, description="where the best config goes; default: the search's folder")
 
 
-def run(config: SearchHyperparametersConfig) -> dict[str, Any]:
+def check_networks(space: SearchSpace, config: TrainModelConfig) -> None:
+    """Builds each network that a trial can draw: a trial that cannot would fail after the others were paid for.
+
+    Raises:
+        ValueError: unknown backbone, or weights that do not fit it.
+    """
+    for backbone, weights in networks(space, config.training):
+        try:
+            create_scorer(backbone, 2, weights)
+        except ValueError as error:
+            raise ValueError(f"search space: backbone {backbone!r} with weights {weights!r}: {error}") from error
+
+
+def make_plan(config: SearchHyperparametersConfig, num_dataset_folds: int, dataset: str) -> SearchPlan:
+    """The search of a config.
+
+    Raises:
+        ValueError: more folds than there are, or a resume without a name.
+    """
+    num_folds = config.num_folds or num_dataset_folds
+    if num_folds > num_dataset_folds:
+        raise ValueError(f"num_folds = {num_folds}: the data set has {num_dataset_folds} folds")
+    if config.pruning.grace_folds > num_folds:
+        raise ValueError(f"pruning.grace_folds = {config.pruning.grace_folds}: a full trial has {num_folds} folds")
+    if config.resume and config.search_name is None:
+        raise ValueError("resume = true: expected search_name, the name of the search to go on with")
+    check_space(config.space, config.train_model.training)
+    return SearchPlan(
+        base=config.train_model.training,
+        space=config.space,
+        dataset=dataset,
+        num_trials=config.num_trials,
+        num_folds=num_folds,
+        max_concurrent=config.max_concurrent,
+        grace_folds=config.pruning.grace_folds,
+        reduction_factor=config.pruning.reduction_factor,
+        seed=config.seed,
+    )
+
+
+def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> dict[str, Any]:
     base = config.train_model
     version = open_dataset(base.dataset)
-    check_space(config.space, base.training)
-    num_folds = config.num_folds or version.num_folds
-    if num_folds > version.num_folds:
-        raise ValueError(f"num_folds = {num_folds}: the data set has {version.num_folds} folds")
-    connect_ray()
+    plan = make_plan(config, version.num_folds, str(version.path))
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    say(f"{config.num_trials} trials of up to {num_folds} folds over {sorted(config.space)}")
-    results = run_search(
-        base.training,
-        config.space,
-        str(version.path),
-        config.searches,
-        name,
-        config.num_trials,
-        num_folds,
-        config.max_concurrent,
-        config.seed,
-    )
-    failed = [result.error for result in results if result.error is not None]
-    if len(failed) == len(results):
-        raise RuntimeError(f"all {len(failed)} trials failed; the first: {failed[0]}")
+    folder = SearchFolder(config.searches, name)
+    check_networks(config.space, base)
+    search_id = folder.claim(plan.identity(version.digest), config.resume)
+    connect_ray()
+    say(f"search {name}: {plan.num_trials} trials of up to {plan.num_folds} folds over {sorted(plan.space)}")
+    tracking = SearchTracking(base.tracking_uri, base.model_name, base.artifact_root, search_id)
+    parent = tracking.start(name, plan.identity(version.digest))
+    status = "FAILED"
+    try:
+        ledger = run_search(plan, folder, tracking, say, train)
+        if ledger.count("running") or len(ledger.trials) < plan.num_trials:
+            status = "KILLED"
+            raise RuntimeError(f"the search was stopped; it goes on with --search-name {name} --resume true")
+        say(search_line(ledger))
+        result = _finish(config, plan, ledger, folder, tracking)
+        status = "FINISHED"
+    finally:
+        tracking.finish(status)
+    return {**result, "mlflow_run": parent}
 
-    best = results.get_best_result(metric=METRIC, mode="max")
-    chosen = base.model_copy(
-        update={"dataset": str(version.path), "training": with_overrides(base.training, best.config)}
-    )
-    file = Path(config.best_config or Path(config.searches) / name / "best_config.yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(chosen.model_dump(exclude_none=True), sort_keys=False), encoding="utf-8")
 
-    say("logging the trials to MLflow")
-    registry = Registry(base.tracking_uri, base.model_name, base.artifact_root)
-    parent = registry.start_parent(name, params={"dataset": version.digest, "num_trials": config.num_trials}, tags={})
-    for number, result in enumerate(results):
-        history = trial_history(result.path)
-        state = "failed" if result.error else "stopped early" if len(history) < num_folds else "finished"
-        registry.log_trial(parent, f"trial_{number}", dict(result.config or {}), history, tags={"state": state})
-    registry.finish(parent, "FINISHED")
+def _finish(
+    config: SearchHyperparametersConfig,
+    plan: SearchPlan,
+    ledger: SearchLedger,
+    folder: SearchFolder,
+    tracking: SearchTracking,
+) -> dict[str, Any]:
+    """Writes the best config, brings MLflow up to date and adds tables and pictures."""
+    import fsspec
+
+    tracking.sync(ledger)
+    best = ledger.best()
+    if best is None:
+        errors = [entry.error for entry in ledger.entries()]
+        raise RuntimeError(f"all {len(errors)} trials failed; the first: {errors[0]}")
+    chosen = config.train_model.model_copy(
+        update={"dataset": plan.dataset, "training": trial_config(plan.base, plan.space, best.params)}
+    )
+    file = config.best_config or f"{folder.url}/best_config.yaml"
+    text = yaml.safe_dump(chosen.model_dump(exclude_none=True), sort_keys=False)
+    with fsspec.open(file, "w", encoding="utf-8", auto_mkdir=True) as out:
+        out.write(text)
+    with tempfile.TemporaryDirectory() as directory:
+        write_search_report(Path(directory), ledger, plan.space)
+        (Path(directory) / "best_config.yaml").write_text(text, encoding="utf-8")
+        tracking.log_files(Path(directory))
+    folder.remove_checkpoints()
     return {
-        "best_config": str(file),
-        "best": {key: value for key, value in (best.config or {}).items()},
-        METRIC: round(float(best.metrics[METRIC]), 4),
-        "trials": len(results),
-        "failed": len(failed),
-        "stopped_early": sum(len(trial_history(r.path)) < num_folds for r in results if r.error is None),
-        "mlflow_run": parent,
+        "best_config": file,
+        "best": best.params,
+        "best_trial": best.number,
+        METRIC: round(best.score, 4),
+        "trials": len(ledger.trials),
+        "failed": ledger.count("failed"),
+        "pruned": ledger.count("pruned"),
+        "folds_trained": sum(len(entry.folds) for entry in ledger.entries()),
+        "wall_hours": round(ledger.wall_seconds / 3600, 4),
+        "worker_cpu_hours": round(ledger.cpu_seconds / 3600, 4),
+        "worker_gpu_hours": round(ledger.gpu_seconds / 3600, 4),
+        "search": folder.url,
     }
 
 

@@ -197,15 +197,27 @@ def test_no_promotion_without_a_name_a_gate_or_a_model(registry, bundle):
 
 
 def test_trials_are_children_with_one_step_per_report(registry):
-    parent = registry.start_parent("search", {"num_trials": 2}, {})
-    trial = registry.log_trial(parent, "trial_0", {"lr": 0.1}, [{"pauc": 0.1}, {"pauc": 0.15}], {"state": "finished"})
-    registry.log_trial(parent, "trial_1", {}, {"pauc": None})
+    parent = registry.start_parent("search", {"num_trials": 2}, {"search": "here"})
+    trial = registry.start_child(parent, "trial_0", {"lr": 0.1}, {"state": "running"})
+    registry.log_metrics(trial, [{"pauc": 0.1}, {"pauc": 0.15}])
+    registry.log_metrics(trial, {"pauc": 0.2}, first_step=2)
+    registry.log_metrics(registry.start_child(parent, "trial_1", {}), {"pauc": None})
     registry.finish(parent, "FAILED")
     history = registry.client.get_metric_history(trial, "pauc")
-    assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 0.15)]
+    assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 0.15), (2, 0.2)]
     tags = registry.client.get_run(trial).data.tags
-    assert tags["mlflow.parentRunId"] == parent and tags["state"] == "finished"
+    assert tags["mlflow.parentRunId"] == parent and tags["state"] == "running"
     assert registry.client.get_run(parent).info.status == "FAILED"
+    assert sorted(run.info.run_name for run in registry.children(parent)) == ["trial_0", "trial_1"]
+
+
+def test_a_run_is_found_by_its_tags(registry):
+    run = registry.start_parent("search", {}, {"search": "/home/o/searches/a", "kind": "search"})
+    registry.start_parent("search", {}, {"search": "/home/o/searches/b"})
+    assert registry.find_run({"search": "/home/o/searches/a", "kind": "search"}) == run
+    assert registry.find_run({"search": "/home/o/searches/c"}) is None
+    registry.client.delete_run(run)
+    assert registry.find_run({"search": "/home/o/searches/a"}) is None
 
 
 def test_an_engine_set_is_kept_beside_the_version(registry, bundle, tmp_path):

@@ -4,7 +4,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from training.config import TrainingConfig
-from tune.search_space import SearchSpace, check_space, to_ray, with_overrides
+from tune.search_space import SearchSpace, check_space, networks, to_ray, trial_config, with_overrides
+
+LITE = {"backbone": "tf_efficientnet_lite0", "weights": "package"}
+SMALL = {"backbone": "mobilenetv3_small_100", "weights": "none"}
 
 
 def space(**fields):
@@ -24,6 +27,23 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
         ({"optimizer__speed": {"kind": "uniform", "low": 0, "high": 1}}, "'optimizer.speed' is not a training field"),
         ({"model__input_size": {"kind": "choice", "values": [64, 8]}}, "greater than or equal to 32"),
         ({"optimizer__learning_rate": {"kind": "uniform", "low": 0.1, "high": 7}}, "less than or equal to 1"),
+        ({"model": {"kind": "choice", "values": [{"backbon": "a"}]}}, "'model.backbon' is not a training field"),
+        ({"model": {"kind": "choice", "values": ["resnet18"]}}, "'model' is a section"),
+        (
+            {
+                "model": {"kind": "choice", "values": [LITE, {**SMALL, "input_size": 96}]},
+                "model__input_size": {"kind": "integer", "low": 96, "high": 128, "step": 32},
+            },
+            "'model' and 'model.input_size' both set 'model.input_size'",
+        ),
+        # Each end is fine with the base; together they are not.
+        (
+            {
+                "optimizer__batch_size": {"kind": "choice", "values": [16, 64]},
+                "sampling__epoch_rows": {"kind": "integer", "low": 32, "high": 128},
+            },
+            "expected at least one batch per worker, 64",
+        ),
     ],
 )
 def test_a_space_that_leaves_the_config_is_refused_before_any_trial(fields, message):
@@ -42,8 +62,48 @@ def test_samples_stay_inside_the_space():
         space(
             optimizer__learning_rate={"kind": "uniform", "low": 1e-4, "high": 1e-2, "log": True},
             model__input_size={"kind": "choice", "values": [64, 96]},
+            optimizer__epochs={"kind": "integer", "low": 2, "high": 3},
+            optimizer__batch_size={"kind": "integer", "low": 32, "high": 96, "step": 32},
         )
     )
     for _ in range(20):
         assert 1e-4 <= fields["optimizer.learning_rate"].sample() <= 1e-2
         assert fields["model.input_size"].sample() in (64, 96)
+    assert {fields["optimizer.epochs"].sample() for _ in range(40)} == {2, 3}
+    assert {fields["optimizer.batch_size"].sample() for _ in range(80)} == {32, 64, 96}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"low": 4, "high": 4}, "expected low < high"),
+        ({"low": 32, "high": 100, "step": 32}, "expected a divisor of high - low"),
+        ({"low": 0, "high": 8, "log": True}, "low > 0 with log"),
+    ],
+)
+def test_whole_numbers_reach_both_bounds(bounds, message):
+    with pytest.raises(ValidationError, match=message):
+        space(optimizer__epochs={"kind": "integer", **bounds})
+
+
+def test_a_value_listed_twice_is_refused():
+    with pytest.raises(ValidationError, match="listed twice"):
+        space(model={"kind": "choice", "values": [LITE, dict(LITE)]})
+
+
+def test_backbone_and_weights_are_chosen_together():
+    fields = space(
+        model={"kind": "choice", "values": [LITE, SMALL]}, model__input_size={"kind": "choice", "values": [64, 96]}
+    )
+    base = TrainingConfig()
+    label = to_ray(fields)["model"].categories[1]
+    assert label == "backbone=mobilenetv3_small_100, weights=none"
+    config = trial_config(base, fields, {"model": label, "model.input_size": 96})
+    assert (config.model.backbone, config.model.weights) == ("mobilenetv3_small_100", "none")
+    assert (config.model.input_size, config.model.dropout) == (96, base.model.dropout)
+    assert networks(fields, base) == [tuple(SMALL.values()), tuple(LITE.values())]
+    apart = space(
+        model__backbone={"kind": "choice", "values": ["a", "b"]}, model__weights={"kind": "choice", "values": ["none"]}
+    )
+    assert networks(apart, base) == [("a", "none"), ("b", "none")]
+    assert networks({}, base) == [("tf_efficientnet_lite0", "package")]

@@ -1,1 +1,1 @@
-"""The search space and its cross-validated objective. Bare `tune` means Ray Tune; import from `tune.<module>`."""
+"""A hyperparameter search whose trials are cross-validations. Bare `tune` is Ray Tune; import from `tune.<module>`."""

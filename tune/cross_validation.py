@@ -1,101 +1,237 @@
 """A trial is a cross-validation: it trains fold after fold and reports the mean so far, so that a scheduler can end a
-poor trial before later folds are paid for."""
+poor trial before later folds are paid for. A search that was cut off goes on: finished folds are not trained again."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
+from pydantic import TypeAdapter
 
-from data_pipelines.image_dataset import open_dataset
+from data_pipelines.image_dataset import open_dataset, task_cpus
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
-from tune.search_space import SearchSpace, to_ray, with_overrides
+from tune.search_folder import FoldRecords, SearchFolder, read_json, write_json
+from tune.search_ledger import METRIC, SearchLedger, mean_score
+from tune.search_space import SearchSpace, to_ray, trial_config
+from tune.search_tracking import SearchTracking
 
-METRIC = "mean_pauc"
+# A trial itself only waits. Trials that held CPUs while they waited for their workers would deadlock a small machine.
+TRIAL_CPUS = 0.1
+
+TrainFold = Callable[[TrainingConfig, Any, int, str, str], dict[str, float]]
+
+
+def train_fold(config: TrainingConfig, version: Any, fold: int, storage_path: str, name: str) -> dict[str, float]:
+    """Trains on the other folds; returns pauc and auc of this one. A run of the same name goes on where it was cut."""
+    model = fit(build_trainer(config, version, fold, storage_path, name))
+    return {"pauc": float(model.metrics["pauc"]), "auc": float(model.metrics["auc"])}
 
 
 def cross_validate(sample: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Ray Tune's function trainable. `settings`: config (TrainingConfig dump), dataset, num_folds, storage_path."""
+    """Ray Tune's function trainable.
+
+    `settings`: config (TrainingConfig dump), space, dataset, num_folds, folder (URL of the search), train_fold.
+    """
     from ray import tune
 
     version = open_dataset(settings["dataset"])
-    config = with_overrides(TrainingConfig.model_validate(settings["config"]), sample)
-    trial = tune.get_context().get_trial_id()
-    scores: list[dict[str, float]] = []
-    for fold in range(settings["num_folds"]):
-        name = f"trial_{trial}_fold_{fold}"
-        started = time.monotonic()
-        model = fit(build_trainer(config, version, fold, settings["storage_path"], name))
-        scores.append({"pauc": float(model.metrics["pauc"]), "auc": float(model.metrics["auc"])})
-        finished = [row for row in scores if math.isfinite(row["pauc"])]
+    space = TypeAdapter(SearchSpace).validate_python(settings["space"])
+    config = trial_config(TrainingConfig.model_validate(settings["config"]), space, sample)
+    records = FoldRecords(settings["folder"], config, version.digest)
+    trial = tune.get_context().get_trial_name()
+    folds = version.training_folds[: settings["num_folds"]]
+    names = [f"{trial}_fold_{fold}" for fold in folds]
+    scores: list[float] = []
+    aucs: list[float] = []
+    for position, fold in enumerate(folds):
+        record = records.get(fold)
+        carried_over = record is not None
+        if record is None:
+            train = partial(settings["train_fold"], config, version, fold)
+            record = records.train(fold, names[position], train)
+        scores.append(record["pauc"])
+        aucs.append(record["auc"])
+        following = position + 1
         tune.report(
             {
-                METRIC: float(np.mean([row["pauc"] for row in finished])) if finished else 0.0,
-                "mean_auc": float(np.mean([row["auc"] for row in finished])) if finished else 0.0,
-                "fold_pauc": scores[-1]["pauc"],
-                "fold_auc": scores[-1]["auc"],
-                "folds": fold + 1,
-                "fold_seconds": time.monotonic() - started,
+                METRIC: mean_score(scores),
+                "mean_auc": mean_score(aucs),
+                "fold_pauc": record["pauc"],
+                "fold_auc": record["auc"],
+                "fold_scores": list(scores),
+                "fold_seconds": record["seconds"],
+                "folds": following,
+                "carried_over": carried_over,
+                "judged": following < len(folds) and records.begun(folds[following], names[following]),
             }
         )
 
 
-def run_search(
-    base: TrainingConfig,
-    space: SearchSpace,
-    dataset: str,
-    storage_path: str,
-    name: str,
-    num_trials: int,
-    num_folds: int,
-    max_concurrent: int,
-    seed: int,
-) -> Any:
-    """Optuna proposes, ASHA stops after a fold; returns Ray Tune's ResultGrid.
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search does. `dataset` is a path; `grace_folds` and `reduction_factor` are ASHA's, in folds."""
 
-    Trials hold no CPU themselves: their train workers and data tasks need them, and on a small machine trials that
-    held CPUs while waiting for workers would deadlock.
+    base: TrainingConfig
+    space: SearchSpace
+    dataset: str
+    num_trials: int
+    num_folds: int
+    max_concurrent: int
+    grace_folds: int
+    reduction_factor: float
+    seed: int
+
+    def identity(self, dataset_digest: str) -> dict[str, Any]:
+        """What two runs of one search have in common, as JSON values."""
+        return {
+            "dataset": dataset_digest,
+            "training": self.base.model_dump(),
+            "space": {field: distribution.model_dump() for field, distribution in self.space.items()},
+            "num_trials": self.num_trials,
+            "num_folds": self.num_folds,
+            "max_concurrent": self.max_concurrent,
+            "grace_folds": self.grace_folds,
+            "reduction_factor": self.reduction_factor,
+            "seed": self.seed,
+        }
+
+
+def worker_resources(
+    sample: dict[str, Any], base: TrainingConfig, space: SearchSpace, has_gpu: bool
+) -> tuple[float, float]:
+    """CPUs and GPUs that the train workers of a trial hold."""
+    workers = trial_config(base, space, sample).workers
+    use_gpu = has_gpu if workers.use_gpu is None else workers.use_gpu
+    return workers.num_workers * workers.cpus_per_worker, float(workers.num_workers * use_gpu)
+
+
+def trials_that_fit(resources: dict[str, float], read_cpus: float, cpus: float, gpus: float) -> int:
+    """Trials that can train at a time without waiting for each other forever.
+
+    Train workers keep their CPUs while they wait for data: one read task must always find room beside all of them.
+
+    Args:
+        resources: CPU and GPU of the cluster.
+        read_cpus: of a read task.
+        cpus, gpus: of a trial's train workers.
     """
+    fitting = (resources.get("CPU", 0.0) - read_cpus) / (TRIAL_CPUS + cpus)
+    if gpus:
+        fitting = min(fitting, resources.get("GPU", 0.0) / gpus)
+    return math.floor(fitting + 1e-9)
+
+
+def _cluster_limits() -> dict[str, float]:
+    """CPU and GPU of the cluster, at the size an autoscaler may give it."""
+    import ray
+    from ray._private.state import state  # as Ray Train and Ray Data ask for it; there is no public way
+
+    largest = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {name: max(now.get(name, 0.0), largest.get(name, 0.0)) for name in ("CPU", "GPU")}
+
+
+def run_search(
+    plan: SearchPlan,
+    folder: SearchFolder,
+    tracking: SearchTracking,
+    say: Callable[[str], None],
+    train: TrainFold = train_fold,
+) -> SearchLedger:
+    """Optuna proposes, ASHA prunes between folds; goes on with what `folder` holds. Needs a connected Ray.
+
+    Args:
+        tracking: its parent run has been started.
+        say: prints a line; importable.
+        train: trains one fold, as `train_fold`.
+
+    Raises:
+        ValueError: the cluster cannot hold one trial, or not as many at a time as when the search began.
+    """
+    import ray
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
+
+    from tune.fold_pruning import FoldPruning, FoldSearch
+    from tune.live_search import LiveSearch, trial_name
+
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    resources_of = partial(worker_resources, base=plan.base, space=plan.space, has_gpu=has_gpu)
+    held = resources_of({})
+    fitting = trials_that_fit(_cluster_limits(), task_cpus(), *held)
+    if fitting < 1:
+        raise ValueError(
+            f"the cluster is too small for a trial: it takes {TRIAL_CPUS} CPU, workers of {held[0]:g} CPU and "
+            f"{held[1]:g} GPU, and {task_cpus():g} CPU to read"
+        )
+    known = read_json(folder.ledger)
+    if known is None:
+        at_a_time = min(plan.max_concurrent, fitting)
+        if at_a_time < plan.max_concurrent:
+            say(f"max_concurrent = {plan.max_concurrent}: the cluster holds {fitting} trials at a time, which is taken")
+        ledger = SearchLedger(num_trials=plan.num_trials, num_folds=plan.num_folds, at_a_time=at_a_time)
+        write_json(folder.ledger, ledger.model_dump())
+    else:
+        at_a_time = SearchLedger.model_validate(known).at_a_time
+        if fitting < at_a_time:
+            raise ValueError(f"the search runs {at_a_time} trials at a time; this cluster holds {fitting}")
 
     settings = {
-        "config": base.model_dump(),
-        "dataset": dataset,
-        "num_folds": num_folds,
-        "storage_path": f"{storage_path}/{name}-runs",
+        "config": plan.base.model_dump(),
+        "space": {field: distribution.model_dump() for field, distribution in plan.space.items()},
+        "dataset": plan.dataset,
+        "num_folds": plan.num_folds,
+        "folder": folder.url,
+        "train_fold": train,
     }
-    trainable = tune.with_resources(tune.with_parameters(cross_validate, settings=settings), {"CPU": 0.1})
-    scheduler = None
-    if num_folds > 1:
-        scheduler = ASHAScheduler(time_attr="folds", max_t=num_folds, grace_period=1, reduction_factor=2)
-    tuner = tune.Tuner(
-        trainable,
-        param_space=to_ray(space),
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            num_samples=num_trials,
-            max_concurrent_trials=max_concurrent,
-            search_alg=OptunaSearch(seed=seed),
-            scheduler=scheduler,
-        ),
-        run_config=tune.RunConfig(name=name, storage_path=storage_path, verbose=1),
-    )
-    return tuner.fit()
+    trainable = tune.with_resources(tune.with_parameters(cross_validate, settings=settings), {"CPU": TRIAL_CPUS})
+    tuner = _restored(folder, trainable, plan, say)
+    if tuner is None:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=to_ray(plan.space),
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=plan.num_trials,
+                max_concurrent_trials=at_a_time,
+                search_alg=FoldSearch(plan.num_folds, plan.num_trials, at_a_time, plan.seed),
+                scheduler=FoldPruning(plan.num_folds, plan.grace_folds, plan.reduction_factor, at_a_time),
+                trial_name_creator=trial_name,
+                trial_dirname_creator=trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder.url,
+                callbacks=[LiveSearch(folder.ledger, tracking, say, resources_of)],
+                verbose=0,
+            ),
+        )
+    tuner.fit()
+    return SearchLedger.model_validate(read_json(folder.ledger))
 
 
-def trial_history(path: str | Path) -> list[dict[str, float]]:
-    """Every report of one trial, in order, from Tune's result.json."""
-    file = Path(path) / "result.json"
-    if not file.exists():
-        return []
-    keep = (METRIC, "mean_auc", "fold_pauc", "fold_auc", "folds", "fold_seconds")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [{name: float(row[name]) for name in keep if row.get(name) is not None} for row in rows]
+def _restored(folder: SearchFolder, trainable: Any, plan: SearchPlan, say: Callable[[str], None]) -> Any:
+    """Ray Tune's search as it was left, or None where there is none to read.
+
+    Without its state the search starts from trial 1. The same seed proposes the same trials, and their finished folds
+    are there: nothing is trained again where one trial runs at a time.
+    """
+    from ray import tune
+
+    if not tune.Tuner.can_restore(folder.tune_path):
+        return None
+    tuner = tune.Tuner.restore(folder.tune_path, trainable, resume_errored=True, param_space=to_ray(plan.space))
+    try:
+        # Left to `fit`, Ray Tune would log an unreadable state and start a new search beside the old one.
+        known = len(tuner.get_results())
+    except RuntimeError:
+        known = 0
+    if known == 0:
+        say("Ray Tune left no state that can be read: trials are drawn again, finished folds are kept")
+        return None
+    say(f"{known} trials are known; those that were cut off or failed go on")
+    return tuner
