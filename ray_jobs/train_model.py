@@ -22,6 +22,7 @@ from training.context_models import ContextResults
 from training.evaluation_plots import plot_clinical, plot_evaluation
 from training.image_models import RunFolder, train_image_models
 from training.model_building import build_bundle
+from training.ood_report import plot_abstention
 
 
 class TrainModelConfig(JobConfig):
@@ -61,13 +62,25 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
+def abstention_metrics(measured: dict[str, Any]) -> dict[str, float]:
+    """Share of gate pictures that the abstention rule refuses, and mean share over the kinds of unusable ones."""
+    gate = {name: measured["gate"][name]["share"] for name in ("all", "malignant", "benign")}
+    flat = {f"abstention.gate.{name}": share for name, share in gate.items() if share is not None}
+    for group in ("non_lesion", "corrupted_lesion"):
+        shares = [row["share"] for row in measured["kinds"] if row["set"] == group]
+        if shares:
+            flat[f"abstention.{group}"] = sum(shares) / len(shares)
+    return flat
+
+
 def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: ContextResults) -> None:
     """`evaluation.json`, pictures and the missed cancers' ids, for the run folder and MLflow."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     evaluation = results.evaluation
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1), encoding="utf-8")
+    ood = {} if results.ood is None else {"abstention": results.ood.measured}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | ood, indent=1), encoding="utf-8")
     (folder / "comparison.json").write_text(json.dumps(results.comparison, indent=1), encoding="utf-8")
     for context, missed in results.missed.items():
         missed.to_csv(folder / f"missed_cancers_{context}.csv", index=False)
@@ -77,6 +90,8 @@ def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: C
     title = version.task.name + (" (synthetic)" if version.task.synthetic else "")
     has_image = version.images_path is not None
     clinical = {context: report["clinical"] for context, report in evaluation.items()}
+    if results.ood is not None and results.ood.examples:
+        plot_abstention(folder / "abstention.png", results.ood, title)
     plot_evaluation(folder / "evaluation.png", malignant, risks, title, has_image)
     plot_clinical(folder / "clinical.png", malignant, risks, clinical, version.task.classes, title, has_image)
 
@@ -132,6 +147,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
             **_flatten(config.training.model_dump() if scorer else config.build.model_dump()),
         },
         metrics=flat_metrics(results.evaluation)
+        | ({} if results.ood is None else abstention_metrics(results.ood.measured))
         | {f"fold_{row['fold']}.{name}": float(row[name]) for row in fold_metrics for name in ("auc", "pauc")},
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},

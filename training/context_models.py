@@ -19,6 +19,7 @@ from modeling.metrics import evaluate, risk
 from modeling.schema import Context
 from training.clinical_report import clinical_report, missed_cancers, paired_gains
 from training.config import BuildConfig, TrainingConfig
+from training.ood_report import OodReport
 
 TABULAR_ONLY = "tabular_only"
 
@@ -32,6 +33,7 @@ class ContextResults:
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
             rows of `paired_gains`}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
+        ood: what the abstention rule refuses; None without one.
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
 
@@ -39,6 +41,7 @@ class ContextResults:
     comparison: dict[str, Any] = field(default_factory=dict)
     gate_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
     missed: dict[str, pd.DataFrame] = field(default_factory=dict)
+    ood: OodReport | None = None
 
 
 def priors(version: DatasetVersion, training: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
