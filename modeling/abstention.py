@@ -77,7 +77,7 @@ class AbstentionRule:
     ) -> AbstentionRule | None:
         """Fits limits and distance on training pictures; None with fewer than 100 that have all figures.
 
-        The distance is limited by what each half of the rows gets from the other half's fit.
+        Each half of the rows counts as new to what the other half fits: that is where limits are set.
 
         Args:
             quality: figures of `image_quality`, float (N,) each.
@@ -90,12 +90,11 @@ class AbstentionRule:
         number = len(embeddings)
         if number < MIN_ROWS:
             return None
-        limits = fit_limits(values, _SHARE_OF_LIMITS * false_refusal_rate)
         first = np.random.default_rng(seed).permutation(number) < number // 2
+        limits, refused = fit_limits(values, _SHARE_OF_LIMITS * false_refusal_rate, first)
         distances = np.empty(number, np.float32)
         for half in (first, ~first):
             distances[half] = EmbeddingDistance.fit(embeddings[~half])(embeddings[half])
-        refused = outside(limits, values)
         # The share that one more picture like these passes with, hence number + 1 (split conformal prediction).
         left = max(0, int(false_refusal_rate * (number + 1)) - int(refused.sum()))
         farthest = np.sort(distances[~refused])[::-1]

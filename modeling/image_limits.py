@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
-# A limit lies beyond the most extreme rows it keeps, by this share of the way from the median to the 5 % on its side:
-# what comes after training is a little wider than what was seen.
+# A limit lies beyond a quantile, by this share of the way from the median to the 5 % on its side: few rows show how far
+# a tail goes.
 _MARGIN = 0.4
 # Also where every training picture has the same figure; figures are in shares of full scale or logarithms.
 _LEAST_MARGIN = 0.01
+_HALVINGS = 14
 _DARK = 1.0 / 255.0
 
 
@@ -38,10 +39,15 @@ def _log_ratio(first: str, second: str) -> Callable[[Mapping[str, np.ndarray]], 
     return ratio
 
 
+def _log_contrast(quality: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.log10(quality["contrast"] + _DARK)
+
+
+# Contrast and sharpness are log10: on its own scale a margin below a faint picture's contrast would reach under zero.
 # Ratios of channels do not change with the light's strength; skin is red in any light that a camera balances.
 FIGURES: dict[str, Figure] = {
     "brightness": Figure(lambda quality: quality["brightness"], "too_dark", "too_bright"),
-    "contrast": Figure(lambda quality: quality["contrast"], "low_contrast", "high_contrast"),
+    "contrast": Figure(_log_contrast, "low_contrast", "high_contrast"),
     "sharpness": Figure(lambda quality: quality["blur"], "blurred", "noisy"),
     "redness": Figure(_log_ratio("red", "green"), "unusual_colour", "unusual_colour"),
     "blueness": Figure(_log_ratio("blue", "green"), "unusual_colour", "unusual_colour"),
@@ -75,37 +81,47 @@ def outside(limits: Mapping[str, Limit], values: Mapping[str, np.ndarray]) -> np
     return ~np.logical_and.reduce(kept)
 
 
-def fit_limits(values: Mapping[str, np.ndarray], refused_share: float) -> dict[str, Limit]:
-    """The tightest limits, equally far into every tail, that together refuse at most a share of these pictures.
+def fit_limits(
+    values: Mapping[str, np.ndarray], refused_share: float, first: np.ndarray
+) -> tuple[dict[str, Limit], np.ndarray]:
+    """The tightest limits, equally far into every tail, that refuse a share of pictures like these at most.
+
+    The share is that of each half under the other half's limits: limits refuse too few of the pictures they were
+    fitted on, as ten tails each keep their own extremes.
 
     Args:
-        values: `figures` of training pictures, finite float64 (N,) each, N >= 1.
-        refused_share: 0-1, of all N.
+        values: `figures` of training pictures, finite float64 (N,) each, N >= 2.
+        refused_share: 0-1.
+        first: bool (N,), the first half.
+
+    Returns:
+        The limits, and which pictures the other half's limits refuse, bool (N,).
     """
-    ordered = {name: np.sort(column) for name, column in values.items()}
-    number = len(next(iter(ordered.values())))
 
-    def limits(left_out: int) -> dict[str, Limit]:
-        return {name: _limit(column, left_out) for name, column in ordered.items()}
+    def limits(tail: float, rows: np.ndarray) -> dict[str, Limit]:
+        return {name: _limit(column[rows], tail) for name, column in values.items()}
 
-    allowed = int(refused_share * number)
-    # The most rows that each side may leave out, by bisection: fewer never refuse more.
-    fits, too_many = 0, number // 2 + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if outside(limits(middle), values).sum() <= allowed:
-            fits = middle
+    def refused(tail: float) -> np.ndarray:
+        found = np.empty(len(first), dtype=bool)
+        for half in (first, ~first):
+            found[half] = outside(limits(tail, ~half), {name: column[half] for name, column in values.items()})
+        return found
+
+    tightest, too_tight = 0.0, 0.5
+    for _ in range(_HALVINGS):
+        tail = (tightest + too_tight) / 2
+        if refused(tail).mean() <= refused_share:
+            tightest = tail
         else:
-            too_many = middle
-    return limits(fits)
+            too_tight = tail
+    return limits(tightest, np.ones(len(first), dtype=bool)), refused(tightest)
 
 
-def _limit(ordered: np.ndarray, left_out: int) -> Limit:
-    left_out = min(left_out, (len(ordered) - 1) // 2)
-    low, middle, high = np.quantile(ordered, [0.05, 0.5, 0.95])
+def _limit(column: np.ndarray, tail: float) -> Limit:
+    lowest, low, middle, high, highest = np.quantile(column, [tail, 0.05, 0.5, 0.95, 1 - tail])
     return Limit(
-        low=float(ordered[left_out] - max(_MARGIN * (middle - low), _LEAST_MARGIN)),
-        high=float(ordered[-1 - left_out] + max(_MARGIN * (high - middle), _LEAST_MARGIN)),
+        low=float(lowest - max(_MARGIN * (middle - low), _LEAST_MARGIN)),
+        high=float(highest + max(_MARGIN * (high - middle), _LEAST_MARGIN)),
     )
 
 
