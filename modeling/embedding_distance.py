@@ -41,14 +41,13 @@ class EmbeddingDistance:
         more would be that of the sample."""
         units = _unit_length(embeddings).astype(np.float64)
         mean = units.mean(axis=0)
-        _, values, axes = np.linalg.svd(units - mean, full_matrices=False)
-        variance = values**2 / len(units)
+        variance, axes = _principal_axes(units - mean)
         floor = _VARIANCE_FLOOR * max(float(variance.sum()) / len(mean), _VARIANCE_FLOOR)
         count = min(NUM_AXES, len(units) // _ROWS_PER_AXIS, int((variance > floor).sum()), len(mean) - 1)
         rest = max(float(variance[count:].sum()) / (len(mean) - count), floor)
         return cls(
             mean.astype(np.float32),
-            np.ascontiguousarray(axes[:count].T, np.float32),
+            np.ascontiguousarray(axes[:, :count], np.float32),
             variance[:count].astype(np.float32),
             rest,
         )
@@ -74,6 +73,16 @@ class EmbeddingDistance:
             shapes = [array.shape for array in (mean, axes, variance, rest)]
             raise ValueError(f"mean, axes, variance and rest have shapes {shapes}; expected (D,), (D, A), (A,), ()")
         return cls(mean, axes, variance, float(rest))
+
+
+def _principal_axes(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variances, largest first, and their axes (D, M) of rows (N, D). Of 2,048 rows the covariance's eigenvectors take a
+    second where a singular value decomposition takes four."""
+    if len(centred) > centred.shape[1]:
+        variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+        return np.maximum(variance[::-1], 0.0), axes[:, ::-1]
+    _, values, axes = np.linalg.svd(centred, full_matrices=False)
+    return values**2 / len(centred), axes.T
 
 
 def _unit_length(embeddings: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 # A limit lies beyond a quantile, by this share of the way from the median to the 5 % on its side: few rows show how far
 # a tail goes.
-_MARGIN = 0.4
+_MARGIN = 0.2
 # Also where every training picture has the same figure; figures are in shares of full scale or logarithms.
 _LEAST_MARGIN = 0.01
 _HALVINGS = 14

@@ -41,6 +41,11 @@ def lesion_image(seed: int = 0, size: int = 48, suffix: str = ".jpg") -> bytes:
     return cv2.imencode(suffix, noisy)[1].tobytes()
 
 
+def blank_image(value: int = 0, size: int = 48) -> bytes:
+    """An encoded picture of one grey value: no lesion."""
+    return cv2.imencode(".png", np.full((size, size, 3), value, np.uint8))[1].tobytes()
+
+
 def lesion_rule(number: int = 300) -> AbstentionRule:
     """Fitted on `lesion_image` of seeds 1000 and up, as the tiny network sees them."""
     images = [decode_image(lesion_image(seed)) for seed in range(1000, 1000 + number)]

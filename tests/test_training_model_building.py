@@ -9,11 +9,12 @@ import pytest
 from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages
 from data_pipelines.image_dataset import DatasetVersion
 from data_pipelines.synthetic_lesions import parity_images
+from modeling.abstention import AbstentionRule
 from modeling.bundle import load_bundle
 from modeling.engines import EngineOutput
 from modeling.image_scorer import ExportableScorer, create_scorer
 from modeling.schema import TaskSpec
-from ray_jobs.train_model import abstention_metrics, write_report
+from ray_jobs import train_model
 from training import model_building
 from training.config import BuildConfig, TrainingConfig
 from training.model_building import build_bundle
@@ -163,9 +164,12 @@ def test_a_bundle_verifies_and_carries_nobody_s_id(build, version):
     assert b"IP_0" not in everything and b"ISIC_0" not in everything
 
 
-def test_the_abstention_rule_is_measured_on_the_gate_split_and_on_unusable_pictures(build, version, tmp_path):
+def test_the_abstention_rule_is_measured_on_the_gate_split_and_on_unusable_pictures(
+    build, version, tmp_path, monkeypatch
+):
     folder, digest, results = build("bundle", version)
-    rule = load_bundle(str(folder), digest).abstention()
+    assert load_bundle(str(folder), digest).manifest.files.keys() >= {"abstention.json", "abstention.npz"}
+    rule = AbstentionRule.load(folder)
     assert rule.num_rows == len(version.training_positions)
     gate = rule.measured["gate"]
     assert gate["all"]["n"] == len(version.gate_positions) == gate["malignant"]["n"] + gate["benign"]["n"]
@@ -175,11 +179,14 @@ def test_the_abstention_rule_is_measured_on_the_gate_split_and_on_unusable_pictu
     assert kinds["lens_cap"]["share"] == kinds["darkened"]["share"] == 1.0
     card = (folder / "model_card.md").read_text()
     assert "## Pictures it does not score" in card and "spoilt lesions, 7 kinds held out" in card
-    write_report(tmp_path / "report", folder, version, results)
+    drawn = []
+    for name in ("plot_evaluation", "plot_clinical"):
+        monkeypatch.setattr(train_model, name, lambda *arguments: None)
+    monkeypatch.setattr(train_model, "plot_abstention", lambda path, report, title: drawn.append((path.name, report)))
+    train_model.write_report(tmp_path / "report", folder, version, results)
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["abstention"] == rule.measured
-    assert (tmp_path / "report" / "abstention.png").stat().st_size > 50_000
-    assert not list(folder.rglob("*.png"))
-    metrics = abstention_metrics(rule.measured)
+    assert drawn == [("abstention.png", results.ood)] and not list(folder.rglob("*.png"))
+    metrics = train_model.abstention_metrics(rule.measured)
     assert metrics["abstention.gate.all"] == gate["all"]["share"] and 0.5 < metrics["abstention.non_lesion"] <= 1
 
 
