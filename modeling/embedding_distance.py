@@ -76,8 +76,8 @@ class EmbeddingDistance:
 
 
 def _principal_axes(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variances, largest first, and their axes (D, M) of rows (N, D). Of 2,048 rows the covariance's eigenvectors take a
-    second where a singular value decomposition takes four."""
+    """Variances, largest first, and their axes (D, M), of rows (N, D) around their mean."""
+    # A tall matrix by its covariance: of 2,048 x 1,280 that takes a fraction of the decomposition's time.
     if len(centred) > centred.shape[1]:
         variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))
         return np.maximum(variance[::-1], 0.0), axes[:, ::-1]
