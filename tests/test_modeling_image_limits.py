@@ -39,10 +39,16 @@ def test_few_rows_leave_room_for_what_they_did_not_show():
 
 
 def test_rows_are_judged_by_the_limits_of_the_other_half():
-    values = training_figures(400)
-    values["brightness"][:200:2] = 0.95
-    _, refused = fit_limits(values, 0.005, np.arange(400) < 200)
-    assert refused[:200:2].all() and refused[200:].mean() < 0.05
+    """Halves that differ show how far new pictures may lie; the same rows in mixed halves do not."""
+    values = training_figures(2000)
+    values["brightness"][:1000] += 0.35
+    apart, mixed = np.arange(2000) < 1000, np.arange(2000) % 2 == 0
+    widths = []
+    for halves in (apart, mixed):
+        limits, refused = fit_limits(values, 0.005, halves)
+        assert refused.mean() <= 0.005
+        widths.append(limits["contrast"].high - limits["contrast"].low)
+    assert widths[0] > 1.5 * widths[1]
 
 
 def test_a_figure_that_never_varied_still_allows_rounding():
