@@ -7,7 +7,7 @@ A refusal is for a person to look at; it is never a low risk.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class _File(BaseModel):
     false_refusal_rate: float = Field(gt=0, lt=1)
     num_rows: int = Field(ge=MIN_ROWS)
     limits: dict[str, Limit]
-    max_distance: float = Field(gt=0)
+    max_distance: float = Field(ge=1)
     measured: dict[str, Any]
 
     @model_validator(mode="after")
@@ -72,25 +72,28 @@ class AbstentionRule:
         cls,
         quality: Mapping[str, np.ndarray],
         embeddings: np.ndarray,
+        groups: Sequence,
         seed: int,
         false_refusal_rate: float = FALSE_REFUSAL_RATE,
     ) -> AbstentionRule | None:
-        """Fits limits and distance on training pictures; None with fewer than 100 that have all figures.
+        """Fits limits and distance on training pictures; None with fewer than 100 that have all figures or two groups.
 
-        Each half of the rows counts as new to what the other half fits: that is where limits are set.
+        Each half of the groups counts as new to what the other half fits: that is where limits are set.
 
         Args:
             quality: figures of `image_quality`, float (N,) each.
             embeddings: of the network that is served, float (N, D).
+            groups: patient or lesion of each row (N,): pictures of one are more alike than new ones will be.
             seed: of the halves.
         """
         values = figures(quality)
         whole = np.isfinite(embeddings).all(axis=1) & np.isfinite(np.stack(list(values.values()))).all(axis=0)
         embeddings, values = embeddings[whole], {name: column[whole] for name, column in values.items()}
         number = len(embeddings)
-        if number < MIN_ROWS:
+        names, codes = np.unique(np.asarray(groups)[whole], return_inverse=True)
+        if number < MIN_ROWS or len(names) < 2:
             return None
-        first = np.random.default_rng(seed).permutation(number) < number // 2
+        first = (np.random.default_rng(seed).permutation(len(names)) < len(names) // 2)[codes]
         limits, refused = fit_limits(values, _SHARE_OF_LIMITS * false_refusal_rate, first)
         distances = np.empty(number, np.float32)
         for half in (first, ~first):
@@ -101,7 +104,8 @@ class AbstentionRule:
         return cls(
             limits=limits,
             distance=EmbeddingDistance.fit(embeddings),
-            max_distance=float(farthest[min(left, len(farthest) - 1)]),
+            # Ordinary pictures are about 1 away; where all training pictures look alike, so may new ones a little less.
+            max_distance=max(1.0, float(farthest[min(left, len(farthest) - 1)])),
             false_refusal_rate=false_refusal_rate,
             num_rows=number,
         )

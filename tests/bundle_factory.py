@@ -52,7 +52,7 @@ def lesion_rule(number: int = 300) -> AbstentionRule:
     figures = [image_quality(image) for image in images]
     quality = {name: np.array([row[name] for row in figures]) for name in figures[0]}
     _, embeddings = expected_outputs(np.stack([resize(image, SIZE) for image in images]))
-    rule = AbstentionRule.fit(quality, embeddings, seed=0)
+    rule = AbstentionRule.fit(quality, embeddings, np.arange(number), seed=0)
     assert rule is not None
     return rule
 

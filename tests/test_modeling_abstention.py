@@ -28,9 +28,14 @@ def pictures(number, seed=0):
     return quality, 6.0 + rng.normal(size=(number, 8)) @ basis + 0.3 * rng.normal(size=(number, DIM))
 
 
+def fit(quality, embeddings, **settings):
+    """Every picture of another patient."""
+    return AbstentionRule.fit(quality, embeddings, np.arange(len(embeddings)), seed=0, **settings)
+
+
 @pytest.fixture(scope="module")
 def rule():
-    return AbstentionRule.fit(*pictures(2000), seed=0)
+    return fit(*pictures(2000))
 
 
 def refused(rule, quality, embeddings):
@@ -44,16 +49,13 @@ def one(**changes):
 
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 def test_all_checks_together_refuse_the_rate_asked_for(rate):
-    rule = AbstentionRule.fit(*pictures(2000), seed=0, false_refusal_rate=rate)
+    rule = fit(*pictures(2000), false_refusal_rate=rate)
     share = refused(rule, *pictures(20_000, seed=1)).mean()
     assert 0.4 * rate < share < 1.4 * rate
 
 
 def test_few_training_pictures_do_not_make_it_refuse_more():
-    shares = [
-        refused(AbstentionRule.fit(*pictures(150, seed), seed=0), *pictures(4000, seed=seed + 50)).mean()
-        for seed in range(8)
-    ]
+    shares = [refused(fit(*pictures(150, seed)), *pictures(4000, seed=seed + 50)).mean() for seed in range(8)]
     assert np.mean(shares) < 0.03
 
 
@@ -85,21 +87,39 @@ def test_unreadable_training_pictures_are_left_out_of_the_fit(rule):
     quality = {name: values.copy() for name, values in quality.items()}
     quality["brightness"][2000:2050] = np.nan
     embeddings[2050:] = np.nan
-    fitted = AbstentionRule.fit(quality, embeddings, seed=0)
+    fitted = fit(quality, embeddings)
     assert fitted.num_rows == 2000 and np.isfinite(fitted.max_distance)
 
 
 def test_too_few_pictures_make_no_rule():
-    assert AbstentionRule.fit(*pictures(MIN_ROWS - 1), seed=0) is None
-    assert AbstentionRule.fit(*pictures(MIN_ROWS), seed=0) is not None
+    assert fit(*pictures(MIN_ROWS - 1)) is None
+    assert fit(*pictures(MIN_ROWS)) is not None
+    assert AbstentionRule.fit(*pictures(2000), ["one patient"] * 2000, seed=0) is None
 
 
-def test_constant_embeddings_and_figures_refuse_nothing_like_them():
+def test_new_patients_are_refused_no_more_often_though_patients_differ():
+    """Twenty pictures of one patient are alike; a rule that takes them for twenty patients knows too little."""
+
+    def clinic(seed, patients=60):
+        rng = np.random.default_rng(seed)
+        quality, _ = pictures(patients * 20, seed)
+        of_patient = np.repeat(6.0 + 0.5 * rng.normal(size=(patients, DIM)), 20, axis=0)
+        return quality, of_patient + 0.05 * rng.normal(size=(patients * 20, DIM)), np.repeat(np.arange(patients), 20)
+
+    quality, embeddings, patients = clinic(1)
+    new = clinic(2, patients=400)[:2]
+    aware = AbstentionRule.fit(quality, embeddings, patients, seed=0)
+    assert refused(aware, *new).mean() < 0.04 < refused(fit(quality, embeddings), *new).mean()
+
+
+def test_constant_embeddings_and_figures_refuse_nothing_like_them(tmp_path):
     quality, _ = pictures(200)
     flat = {name: np.full(200, values[0]) for name, values in quality.items()}
     embeddings = np.ones((200, DIM))
-    rule = AbstentionRule.fit(flat, embeddings, seed=0)
-    assert not refused(rule, flat, embeddings).any()
+    rule = fit(flat, embeddings)
+    assert not refused(rule, flat, embeddings * np.linspace(1 - 1e-6, 1 + 1e-6, DIM)).any()
+    rule.save(tmp_path)
+    assert AbstentionRule.load(tmp_path).max_distance == rule.max_distance >= 1
 
 
 def test_a_saved_rule_decides_alike_and_is_part_of_the_hashed_bundle(rule, tmp_path):

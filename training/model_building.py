@@ -104,10 +104,11 @@ def _export_and_score_gate(
     export_onnx(scorer, training.model.input_size, onnx_path)
     write_parity(scorer, parity_images(training.model.input_size, seed=0), directory / PARITY)
 
-    sample = _score_sample(version, training, config, onnx_path)
+    positions, sample = _score_sample(version, training, config, onnx_path)
     projection = _fit_projection(sample.embedding)
     np.savez_compressed(directory / PROJECTION, matrix=projection[0], mean=projection[1])
-    rule = AbstentionRule.fit(sample.quality, sample.embedding, training.seed)
+    groups = version.lesions["group"].to_numpy(str)[positions]
+    rule = AbstentionRule.fit(sample.quality, sample.embedding, groups, training.seed)
     if rule is None:
         say(f"no abstention rule: {len(sample.row)} training pictures are too few to know what is unusual")
     gate_positions = version.gate_positions
@@ -133,18 +134,20 @@ def _export_and_score_gate(
 
 def _score_sample(
     version: DatasetVersion, training: TrainingConfig, config: BuildConfig, onnx_path: Path
-) -> ScoredImages:
-    """Training pictures, drawn at random, through the exported graph: the function that is served."""
+) -> tuple[np.ndarray, ScoredImages]:
+    """Training rows drawn at random, int64 (M,), and their pictures through the exported graph: the function that is
+    served."""
     positions = version.training_positions
     generator = np.random.default_rng(training.seed)
     sample = np.sort(generator.choice(positions, min(SAMPLE_ROWS, len(positions)), replace=False))
-    return score_images(
+    scored = score_images(
         version.images_path,
         version.rows(sample),
         str(onnx_path),
         training.model.input_size,
         ScoringOptions(with_embedding=True, with_quality=True, num_scorers=config.num_scorers),
     )
+    return sample, scored
 
 
 def _fit_projection(embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
