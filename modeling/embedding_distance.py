@@ -3,7 +3,8 @@
 Mahalanobis distance on embeddings of unit length (Mueller & Hein 2025, "Mahalanobis++"), with the covariance of
 probabilistic PCA (Tipping & Bishop 1999): a variance along each of some principal axes, and one for all directions
 across them. Without unit length, pictures the network has nothing to say of get short embeddings near the centre and
-look like the most ordinary ones: on HAM10000 the same distance then refused none of 17 kinds of unusable pictures.
+look like the most ordinary ones: on HAM10000, Mahalanobis distances of raw embeddings refused at most 13 % of any of 17
+kinds of unusable pictures; the mean share of this one was 45 %.
 """
 
 from __future__ import annotations
