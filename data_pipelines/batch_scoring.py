@@ -10,6 +10,7 @@ import ray.data
 
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.image_dataset import read_images, task_cpus
+from modeling.embedding_distance import EmbeddingDistance
 from modeling.engines import OnnxRuntimeEngine
 
 QUALITY_COLUMNS = ("brightness", "contrast", "blur", "red", "green", "blue")
@@ -25,6 +26,7 @@ class ScoredImages:
         embedding: float32 (N, D), or (N, P) with a projection; None unless asked for.
         quality: column name -> float64 (N,), empty unless asked for.
         errors: position in these arrays -> reason, for pictures that could not be read or decoded.
+        distance: float32 (N,), of the embeddings from those of training; None unless asked for.
     """
 
     row: np.ndarray
@@ -32,24 +34,26 @@ class ScoredImages:
     embedding: np.ndarray | None = None
     quality: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    distance: np.ndarray | None = None
 
 
 class EngineScorer:
-    """A Ray Data actor around an engine: adds logits and, where asked for, the (projected) embedding."""
+    """A Ray Data actor around an engine: adds logits and, where asked for, the (projected) embedding and its distance
+    from training."""
 
-    def __init__(
-        self, onnx_path: str, threads: int, with_embedding: bool, projection: tuple[np.ndarray, np.ndarray] | None
-    ):
-        self.engine = OnnxRuntimeEngine(onnx_path, threads=threads)
-        self.with_embedding, self.projection = with_embedding, projection
+    def __init__(self, onnx_path: str, options: ScoringOptions):
+        self.engine = OnnxRuntimeEngine(onnx_path, threads=options.threads)
+        self.options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         output = self.engine.run(np.ascontiguousarray(batch.pop("image")))
         batch["logits"] = output.logits
-        if self.with_embedding:
+        if self.options.distance is not None:
+            batch["distance"] = self.options.distance(output.embedding)
+        if self.options.with_embedding:
             embedding = output.embedding
-            if self.projection is not None:
-                matrix, mean = self.projection
+            if self.options.projection is not None:
+                matrix, mean = self.options.projection
                 embedding = (embedding - mean) @ matrix
             batch["embedding"] = embedding.astype(np.float32)
         return batch
@@ -61,12 +65,14 @@ class ScoringOptions:
 
     Attributes:
         with_embedding: keep the embedding, projected when `projection` (matrix, mean) is given.
+        distance: measure how far each embedding lies from those of training.
         with_quality: measure brightness, contrast, blur and colour as well.
         num_scorers: engine actors; threads: of each; batch_size: pictures an engine takes at once.
     """
 
     with_embedding: bool = False
     projection: tuple[np.ndarray, np.ndarray] | None = None
+    distance: EmbeddingDistance | None = None
     with_quality: bool = False
     num_scorers: int = 1
     threads: int = 1
@@ -87,7 +93,7 @@ def stream_scores(
     recipe = DecodeRecipe(input_size, with_quality=options.with_quality, mark_errors=True)
     dataset = read_images(LesionImageDatasource(images_path, rows, recipe)).map_batches(
         EngineScorer,
-        fn_constructor_args=(onnx_path, options.threads, options.with_embedding, options.projection),
+        fn_constructor_args=(onnx_path, options),
         batch_size=options.batch_size,
         compute=ray.data.ActorPoolStrategy(size=options.num_scorers),
         num_cpus=task_cpus(),
@@ -101,8 +107,11 @@ def stream_scores(
         log_probabilities[bad] = np.nan
         if embedding is not None:
             embedding[bad] = np.nan
+        distance = np.array(batch["distance"]) if "distance" in batch else None
+        if distance is not None:
+            distance[bad] = np.nan
         quality = {name: np.array(batch[name]) for name in QUALITY_COLUMNS if name in batch}
-        yield ScoredImages(np.array(batch["row"]), log_probabilities, embedding, quality, errors)
+        yield ScoredImages(np.array(batch["row"]), log_probabilities, embedding, quality, errors, distance)
 
 
 def score_images(
@@ -113,10 +122,12 @@ def score_images(
     row = np.concatenate([part.row for part in parts])
     position = np.argsort(row, kind="stable")
     embeddings = [part.embedding for part in parts if part.embedding is not None]
+    distances = [part.distance for part in parts if part.distance is not None]
     return ScoredImages(
         row[position],
         np.concatenate([part.log_probabilities for part in parts])[position],
         np.concatenate(embeddings)[position] if embeddings else None,
         {name: np.concatenate([part.quality[name] for part in parts])[position] for name in parts[0].quality},
         {int(part.row[at]): reason for part in parts for at, reason in part.errors.items()},
+        np.concatenate(distances)[position] if distances else None,
     )

@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from data_pipelines.batch_scoring import ScoringOptions, stream_scores
+from data_pipelines.batch_scoring import ScoredImages, ScoringOptions, stream_scores
 from data_pipelines.hdf5_datasource import ImageRows
 from data_pipelines.image_check import kept_index
 from data_pipelines.metadata_table import QuarantinedRow, read_metadata
 from data_pipelines.progress import Progress
 from data_pipelines.score_parts import ScoreParts
+from modeling.abstention import AbstentionRule
 from modeling.bundle import Bundle
 from modeling.metrics import risk
 from modeling.schema import TaskSpec
@@ -23,12 +25,24 @@ from modeling.schema import TaskSpec
 FUSED_ROWS = 20_000
 
 
+class AbstainedRow(NamedTuple):
+    """A row whose score should not be trusted: codes of `modeling.abstention`, separated by spaces, and figures."""
+
+    id: str
+    reasons: str
+    detail: str
+
+
 @dataclass
 class ScoredTable:
-    """`table` has isic_id, target (= risk) and, for more than two classes, a probability column per class."""
+    """`table` has isic_id, target (= risk) and, for more than two classes, a probability column per class.
+
+    Rows of `abstained` are in it as well: a file of scores needs a number in every row.
+    """
 
     table: pd.DataFrame
     quarantine: list[QuarantinedRow]
+    abstained: list[AbstainedRow]
     context: str
     images_without_metadata: int
 
@@ -84,10 +98,11 @@ def score_table(
     task = bundle.task
     table, quarantine = read_metadata(metadata, task, require_labels=False)
     log_probabilities, without_metadata = None, 0
+    abstained: list[AbstainedRow] = []
     if "image" in bundle.manifest.modalities:
         assert images is not None
         table, log_probabilities, without_metadata = _with_image_scores(
-            bundle, images, metadata, table, quarantine, num_scorers, parts, say
+            bundle, images, metadata, table, quarantine, abstained, num_scorers, parts, say
         )
     elif table.empty:
         raise ValueError(f"no row of {metadata} can be scored: {quarantine[-1].reason}, {quarantine[-1].detail}")
@@ -98,7 +113,7 @@ def score_table(
     if task.num_classes > 2:
         for number, name in enumerate(task.classes):
             result[name] = probabilities[:, number]
-    return ScoredTable(result, quarantine, used, without_metadata)
+    return ScoredTable(result, quarantine, abstained, used, without_metadata)
 
 
 def _with_image_scores(
@@ -107,12 +122,13 @@ def _with_image_scores(
     metadata: str,
     table: pd.DataFrame,
     quarantine: list[QuarantinedRow],
+    abstained: list[AbstainedRow],
     num_scorers: int,
     parts: Path,
     say: Callable[[str], None],
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
     """Pass 1: the rows with a picture, their log-probabilities float64 (N, K), and the number of pictures without a
-    row. Adds the others to `quarantine`."""
+    row. Adds the others to `quarantine`, and pictures the model should not score to `abstained`."""
     task = bundle.task
     with Progress("index", say) as progress:
         index = kept_index(images, parts, progress)
@@ -126,9 +142,11 @@ def _with_image_scores(
 
     unlabelled = np.full(len(position), -1, np.int64)
     rows = ImageRows(index.ids[position], index.offset[position], index.size[position], unlabelled)
-    log_probabilities, errors = _image_scores(bundle, images, rows, num_scorers, parts, say)
-    for row, reason in sorted(errors.items()):
+    scores = _image_scores(bundle, images, rows, num_scorers, parts, say)
+    log_probabilities = scores.log_probabilities
+    for row, reason in sorted(scores.errors.items()):
         quarantine.append(QuarantinedRow(str(table["id"].iloc[row]), "undecodable", reason))
+    abstained += [AbstainedRow(str(table["id"].iloc[row]), *said) for row, said in sorted(scores.abstained.items())]
     good = np.isfinite(log_probabilities).all(axis=1)
     table, log_probabilities = table[good].reset_index(drop=True), log_probabilities[good]
     if table.empty:
@@ -138,23 +156,37 @@ def _with_image_scores(
 
 def _image_scores(
     bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Log-probabilities float64 (N, K) of all rows and the reasons of those without, scoring only what no earlier
-    attempt has kept."""
+) -> ScoreParts:
+    """The image scores of all rows, of which only those are made here that no earlier attempt has kept."""
     kept = ScoreParts(parts, len(rows), bundle.task.num_classes)
     missing = np.flatnonzero(~kept.done)
     if len(missing) < len(rows):
         say(f"{len(rows) - len(missing)} of {len(rows)} images were scored by an earlier attempt")
     with Progress("scored images", say) as progress:
         progress(len(rows) - len(missing), len(rows))
-        options = ScoringOptions(num_scorers=num_scorers)
+        rule = bundle.abstention()
+        options = ScoringOptions(
+            distance=None if rule is None else rule.distance, with_quality=rule is not None, num_scorers=num_scorers
+        )
         size = bundle.manifest.input_size
         for scored in stream_scores(images, rows.take(missing), str(bundle.onnx_path), size, options):
             errors = {int(missing[scored.row[at]]): reason for at, reason in scored.errors.items()}
-            kept.add(missing[scored.row], scored.log_probabilities, errors)
+            abstained = {} if rule is None else abstentions(rule, scored, missing[scored.row])
+            kept.add(missing[scored.row], scored.log_probabilities, errors, abstained)
             progress(int(kept.done.sum()), len(rows))
     kept.flush()
-    return kept.log_probabilities, kept.errors
+    return kept
+
+
+def abstentions(rule: AbstentionRule, scored: ScoredImages, names: np.ndarray) -> dict[int, tuple[str, str]]:
+    """Reason codes and detail of the decoded pictures that a model should not score, by their name in int64 (N,)."""
+    assert scored.distance is not None
+    found = {}
+    for position, refusals in enumerate(rule.refusals(scored.quality, scored.distance)):
+        if refusals and position not in scored.errors:
+            codes, details = zip(*refusals, strict=True)
+            found[int(names[position])] = (" ".join(codes), "; ".join(details))
+    return found
 
 
 def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame) -> np.ndarray:

@@ -37,6 +37,7 @@ from modeling.schema import TaskSpec
 if TYPE_CHECKING:
     import pandas
 
+    from modeling.abstention import AbstentionRule
     from modeling.metadata_fusion import ContextModel
 
 __all__ = ["Bundle", "BundleManifest", "default_cache_dir", "load_bundle", "write_manifest"]
@@ -107,6 +108,23 @@ class Bundle:
         """(matrix float32 (D, 64), mean float32 (D,)): a logged embedding is `(embedding - mean) @ matrix`."""
         with np.load(self._of_image_model(PROJECTION), allow_pickle=False) as arrays:
             return arrays["matrix"].astype(np.float32), arrays["mean"].astype(np.float32)
+
+    def abstention(self) -> AbstentionRule | None:
+        """When the model does not score; None for bundles of before, of metadata alone, and of little data: they score
+        everything.
+
+        Raises:
+            ValueError: the rule's files are unreadable or do not fit the network.
+        """
+        from modeling.abstention import AbstentionRule
+
+        rule = AbstentionRule.load(self.directory) if "image" in self.manifest.modalities else None
+        if rule is not None and len(rule.distance.mean) != self.manifest.embedding_dim:
+            raise ValueError(
+                f"bundle {self.manifest.name!r}: its abstention rule reads {len(rule.distance.mean)}-d embeddings, "
+                f"its network gives {self.manifest.embedding_dim}"
+            )
+        return rule
 
     def parity(self) -> dict[str, np.ndarray]:
         """Fixed inputs and what torch answered: images uint8 (P, S, S, 3), logits (P, K), embedding (P, D) float32."""

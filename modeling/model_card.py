@@ -27,6 +27,7 @@ _NUMBERS = {
     "calibration_slope": "calibration slope (ideal 1)",
     "calibration_intercept": "calibration intercept (ideal 0)",
 }
+_UNUSABLE = {"non_lesion": "no lesion", "corrupted_lesion": "spoilt lesions"}
 # Under this many cancers an interval is wider than any difference between two useful models.
 _FEW_MALIGNANT = 30
 
@@ -146,12 +147,44 @@ def _institution_lines(institutions: Sequence[Mapping[str, Any]], context: str, 
     ]
 
 
+def _abstention_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Pictures that get reasons instead of a risk."""
+
+    def share(counts: Mapping[str, Any]) -> str:
+        if counts["share"] is None:
+            return "none there"
+        return f"{counts['share']:.1%} ({counts['low']:.1%}-{counts['high']:.1%}) of {counts['n']}"
+
+    gate = measured["gate"]
+    rows = [["usable: lesions of the gate split", share(gate["all"]), ""]]
+    rows += [[f"usable: {name} ones", share(gate[name]), ""] for name in ("malignant", "benign")]
+    for group, title in _UNUSABLE.items():
+        for held_out in (False, True):
+            kinds = [row for row in measured["kinds"] if row["set"] == group and row["held_out"] == held_out]
+            if not kinds:
+                continue
+            least = min(kinds, key=lambda row: row["share"])
+            mean = sum(row["share"] for row in kinds) / len(kinds)
+            name = f"unusable: {title}, {len(kinds)} kinds {'held out' if held_out else 'designed for'}"
+            rows.append([name, f"{mean:.1%}", f"{least['kind'].replace('_', ' ')}: {least['share']:.0%}"])
+    return [
+        "## Pictures it does not score",
+        "",
+        *_table(["", "refused", "least refused kind"], rows),
+        "",
+        "A refused picture gets reasons instead of a risk: a person has to look. The limits come from training "
+        "pictures alone and were made to refuse 1 % of such. Intervals are 95 % (Wilson). By kind: `abstention.json`.",
+        "",
+    ]
+
+
 def render_model_card(
     manifest_fields: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
     clinical: Mapping[str, Mapping[str, Any]] | None = None,
     institutions: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] = (),
+    abstention: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown text of `model_card.md`.
 
@@ -162,6 +195,7 @@ def render_model_card(
             subgroups.
         institutions: rows of `training.institution_report.leave_one_institution_out` for the last context.
         notes: sentences on what the data could not show; repeated ones are shown once.
+        abstention: what the abstention rule refused, from `training.ood_report`.
 
     Raises:
         ValueError: a context of the manifest has no metrics.
@@ -220,6 +254,7 @@ def render_model_card(
         "",
         *(_clinical_lines(clinical, contexts[-1]) if clinical else []),
         *(_institution_lines(institutions, contexts[-1], has_image) if institutions else []),
+        *(_abstention_lines(abstention) if abstention else []),
         "## Limits",
         "",
         *(

@@ -1,5 +1,6 @@
 """Batch scoring: a metadata CSV and its HDF5 pictures in, `isic_id,target` out (CSV or Parquet). Rows that cannot be
-scored go to a quarantine file beside the output with the reason; the others are scored."""
+scored go to a quarantine file beside the output with the reason; the others are scored. Those whose score should not be
+trusted (blurred, badly exposed, unlike training) are also listed with reasons in `<out>.abstained.csv`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +57,18 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     partial.replace(out)
 
 
+def write_rows(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Writes a file beside the output; without rows it removes an earlier run's and returns False."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return False
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return True
+
+
 def parts_folder(out: Path, bundle_digest: str, images: str | None, metadata: str) -> Path:
     """Where unfinished scores of exactly this model and these files are kept, beside the output.
 
@@ -90,19 +104,16 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
     write_table(scored.table, out)
     for left in out.parent.glob(f".{out.name}.parts-*"):
         shutil.rmtree(left)
-    quarantine = out.with_name(f"{out.stem}.quarantine.csv")
-    if scored.quarantine:
-        with open(quarantine, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "reason", "detail"])
-            writer.writerows(scored.quarantine)
+    quarantine, abstained = (out.with_name(f"{out.stem}.{name}.csv") for name in ("quarantine", "abstained"))
+    if write_rows(quarantine, ["id", "reason", "detail"], scored.quarantine):
         say(f"{len(scored.quarantine)} rows could not be scored; reasons in {quarantine}")
-    else:
-        quarantine.unlink(missing_ok=True)
+    if write_rows(abstained, ["id", "reasons", "detail"], scored.abstained):
+        say(f"{len(scored.abstained)} of the scored rows should not be trusted; reasons in {abstained}")
     return {
         "out": str(out),
         "rows": len(scored.table),
         "quarantined": len(scored.quarantine),
+        "abstained": len(scored.abstained),
         "images_without_metadata": scored.images_without_metadata,
         "context": scored.context,
         "model": name,

@@ -27,6 +27,7 @@ from training.evaluation_plots import plot_clinical, plot_evaluation
 from training.image_models import RunFolder, train_image_models
 from training.missed_pictures import plot_missed
 from training.model_building import build_bundle
+from training.ood_report import plot_abstention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +70,17 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
+def abstention_metrics(measured: dict[str, Any]) -> dict[str, float]:
+    """Share of gate pictures that the abstention rule refuses, and mean share over the kinds of unusable ones."""
+    gate = {name: measured["gate"][name]["share"] for name in ("all", "malignant", "benign")}
+    flat = {f"abstention.gate.{name}": share for name, share in gate.items() if share is not None}
+    for group in ("non_lesion", "corrupted_lesion"):
+        shares = [row["share"] for row in measured["kinds"] if row["set"] == group]
+        if shares:
+            flat[f"abstention.{group}"] = sum(shares) / len(shares)
+    return flat
+
+
 def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: ContextResults) -> None:
     """Measurements, pictures, environment, out-of-fold scores and the missed cancers' ids, for the run folder and
     MLflow. It names lesions: not for the bundle."""
@@ -77,6 +89,8 @@ def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: C
     folder.mkdir(parents=True, exist_ok=True)
     evaluation = results.evaluation
     files = {"evaluation": evaluation, "comparison": results.comparison, "environment": describe_environment()}
+    if results.ood is not None:
+        files["abstention"] = results.ood.measured
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     out_of_fold_table(version, results).to_parquet(folder / "out_of_fold.parquet", index=False)
@@ -88,6 +102,8 @@ def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: C
     title = version.task.name + (" (synthetic)" if version.task.synthetic else "")
     has_image = version.images_path is not None
     clinical = {context: report["clinical"] for context, report in evaluation.items()}
+    if results.ood is not None and results.ood.examples:
+        plot_abstention(folder / "abstention.png", results.ood, title)
     plot_evaluation(folder / "evaluation.png", malignant, risks, title, has_image)
     plot_clinical(folder / "clinical.png", malignant, risks, clinical, version.task.classes, title, has_image)
 
@@ -167,6 +183,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         run_name=run_name,
         params=run_parameters(config, version),
         metrics=flat_metrics(results.evaluation)
+        | ({} if results.ood is None else abstention_metrics(results.ood.measured))
         | {f"fold_{row['fold']}.{name}": row[name] for row in fold_metrics for name in ("auc", "pauc")},
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from modeling.abstention import REASONS
 from monitoring.prediction_log import PredictionRecord
 from serve.errors import ApiError
 
@@ -39,14 +40,17 @@ class Prediction(BaseModel):
     context: Literal["image_only", "none", "patient"] = Field(
         description="what the risk rests on: image_only; none = with metadata, no patient context; patient"
     )
-    abstained: bool
-    reasons: list[str] = Field(description="why it abstained")
+    abstained: bool = Field(description="the picture is not usable: no risk, and no score to guess it from")
+    reasons: list[str] = Field(description=f"why it abstained, of {', '.join(REASONS)}; limits: /v1/model")
     stage_ms: dict[str, float] = Field(description="milliseconds per stage of the whole request")
 
     @classmethod
     def of(cls, record: PredictionRecord, stage_ms: dict[str, float]) -> Prediction:
-        """The answer that a stored record stands for."""
+        """The answer that a stored record stands for. The log keeps what an abstained picture would have scored, for
+        review; a caller would take it for the risk."""
         fields = record.model_dump(include=set(cls.model_fields) - {"prediction_id", "stage_ms"})
+        if record.abstained:
+            fields |= {"image_score": None, "class_probabilities": None}
         return cls.model_construct(prediction_id=record.id, stage_ms=stage_ms, **fields)
 
 
@@ -93,6 +97,9 @@ class ModelCard(BaseModel):
     metadata_fields: dict[str, dict[str, Any]] = Field(description="fields that `metadata` may have")
     contexts: dict[str, dict[str, Any]] = Field(description="thresholds and metrics per context")
     engine: str
+    abstention: dict[str, Any] | None = Field(
+        default=None, description="limits beyond which pictures are not scored, and what they were measured to refuse"
+    )
     limits: dict[str, int]
     notice: str
 

@@ -24,14 +24,17 @@ class ImageScores:
         digest: the bundle's digest.
         log_probabilities: float32 (N, K), log softmax of the logits; uncalibrated, training prior.
         projections: float32 (N, 64), what the log keeps of the embedding.
+        distances: float32 (N,), of the embeddings from those of training; None where the bundle has no abstention rule.
     """
 
     digest: str
     log_probabilities: np.ndarray
     projections: np.ndarray
+    distances: np.ndarray | None = None
 
     def __getitem__(self, rows: slice) -> ImageScores:
-        return ImageScores(self.digest, self.log_probabilities[rows], self.projections[rows])
+        distances = None if self.distances is None else self.distances[rows]
+        return ImageScores(self.digest, self.log_probabilities[rows], self.projections[rows], distances)
 
 
 class ImageScorerLogic:
@@ -43,22 +46,27 @@ class ImageScorerLogic:
         self.input_size = bundle.manifest.input_size
         self.engine = create_engine(bundle, model.engine)
         self._matrix, self._mean = bundle.projection()
+        rule = bundle.abstention()
+        self._distance = None if rule is None else rule.distance
         self._max_batch_size = max_batch_size
         for batch in sorted({1, max_batch_size}):
             self.engine.warm_up(batch)
 
     def score(self, images: np.ndarray) -> ImageScores:
         """Scores uint8 (N, S, S, 3), at most `max_batch_size` at a time, so that memory stays bounded."""
-        log_probabilities, projections = [], []
+        log_probabilities, projections, distances = [], [], []
         for start in range(0, len(images), self._max_batch_size):
             output = self.engine.run(images[start : start + self._max_batch_size])
             shifted = output.logits - output.logits.max(axis=1, keepdims=True)
             log_probabilities.append(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
             projections.append((output.embedding - self._mean) @ self._matrix)
+            if self._distance is not None:
+                distances.append(self._distance(output.embedding))
         return ImageScores(
             self.digest,
             np.concatenate(log_probabilities).astype(np.float32),
             np.concatenate(projections).astype(np.float32),
+            np.concatenate(distances) if distances else None,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -201,6 +201,7 @@ class PredictionService:
         clock: StageClock,
     ) -> PredictionRecord:
         risk, origin, key = fused.risks[row], request.origin, request.idempotency_key
+        reasons = self._reasons_to_abstain(image, model, scores)
         return PredictionRecord(
             id=uuid.uuid4().hex if key is None else keyed_id(CALLER, key),
             idempotency_key=key,
@@ -216,13 +217,27 @@ class PredictionService:
             metadata=_logged_metadata(request),
             image_score=float(np.exp(scores.log_probabilities[0])[model.task.malignant_mask].sum()),
             class_probabilities=risk.class_probabilities,
-            risk=risk.risk,
-            band=risk.band,
+            risk=None if reasons else risk.risk,
+            band=None if reasons else risk.band,
             threshold=risk.threshold,
+            abstained=bool(reasons),
+            reasons=reasons,
             embedding=encode_embedding(scores.projections[0]),
             stage_ms=clock.stages(),
             **image.quality,
         )
+
+    def _reasons_to_abstain(self, image: PreparedImage, model: ServedModel, scores: ImageScores) -> list[str]:
+        """Codes of `modeling.abstention` for one picture; none where the model, or the operator, wants all scored."""
+        if model.abstention is None or not self.settings.abstain:
+            return []
+        assert scores.distances is not None, "the same bundle gave the scores"
+        (found,) = model.abstention.refusals(image.quality, scores.distances)
+        if found:
+            logger.info(
+                "abstained from %s: %s", image.stored.hash[:12], "; ".join(f"{r.reason}: {r.detail}" for r in found)
+            )
+        return [refusal.reason for refusal in found]
 
     async def readiness(self) -> dict[str, str]:
         """State of every node: "ok", for the log also "spooling", or what is wrong with it."""
@@ -260,6 +275,9 @@ class PredictionService:
             },
             "contexts": fusion["contexts"],
             "engine": scorer["engine"],
+            "abstention": None
+            if model.abstention is None
+            else {"active": self.settings.abstain, **model.abstention.describe()},
             "limits": self.limits.model_dump(),
             "notice": model.notice,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from modeling.abstention import AbstentionRule
 from modeling.bundle import load_bundle
 from modeling.schema import TaskSpec
 from serve.settings import ModelReference
@@ -19,6 +20,7 @@ class ServedModel:
         digest: the bundle's digest; every node must answer with the same.
         input_size: side of the network's input, pixels.
         card: manifest fields for the model card.
+        abstention: which pictures it does not score; None for a bundle without such a rule.
     """
 
     reference: ModelReference
@@ -26,6 +28,7 @@ class ServedModel:
     task: TaskSpec
     input_size: int
     card: dict[str, Any]
+    abstention: AbstentionRule | None = None
 
     @classmethod
     def load(cls, reference: ModelReference) -> ServedModel:
@@ -35,7 +38,7 @@ class ServedModel:
         card = manifest.model_dump(
             mode="json", include={"name", "created_at", "backbone", "input_size", "dataset_digest", "git_commit"}
         )
-        return cls(reference, bundle.digest, bundle.task, manifest.input_size, card)
+        return cls(reference, bundle.digest, bundle.task, manifest.input_size, card, bundle.abstention())
 
     @property
     def notice(self) -> str:

@@ -42,6 +42,7 @@ class IngressSettings(_Settings):
     max_queued_requests: int = Field(512, ge=-1)
     request_timeout_s: float = Field(30.0, gt=0, description="after it, 503 with Retry-After")
     retry_after_s: int = Field(2, ge=1, description="what a 503 tells the client")
+    abstain: bool = Field(True, description="give reasons instead of a risk where the model's bundle says so")
 
 
 class ScorerSettings(_Settings):

@@ -7,20 +7,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from modeling.abstention import AbstentionRule
+from modeling.preprocessing import decode_image, image_quality, resize
 from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
 from serve.image_scorer import ImageScorerLogic
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.settings import ModelReference, StorageSettings
-from tests.tiny_bundle import tiny_bundle
+from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
 
 CONTEXTS = ["image_only", "none"]
 
 
 def served_bundle(
-    directory: Path, version: str = "1", onnx_bias: float = 0.0, synthetic: bool = True
+    directory: Path,
+    version: str = "1",
+    onnx_bias: float = 0.0,
+    synthetic: bool = True,
+    abstention: AbstentionRule | None = None,
 ) -> ModelReference:
-    """A bundle with both single-lesion contexts; another `onnx_bias` gives another model."""
-    bundle = tiny_bundle(directory, contexts=CONTEXTS, onnx_bias=onnx_bias, synthetic=synthetic)
+    """A bundle with both single-lesion contexts; another `onnx_bias` gives another model. Without an abstention rule it
+    scores everything."""
+    bundle = tiny_bundle(directory, contexts=CONTEXTS, onnx_bias=onnx_bias, synthetic=synthetic, abstention=abstention)
     return ModelReference(bundle_uri=str(directory), sha256=bundle.digest, version=version)
 
 
@@ -32,6 +39,22 @@ def lesion_image(seed: int = 0, size: int = 48, suffix: str = ".jpg") -> bytes:
     cv2.circle(image, centre, size // 4, tuple(int(value) for value in rng.integers(20, 120, 3)), -1)
     noisy = np.clip(image.astype(int) + rng.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
     return cv2.imencode(suffix, noisy)[1].tobytes()
+
+
+def blank_image(value: int = 0, size: int = 48) -> bytes:
+    """An encoded picture of one grey value: no lesion."""
+    return cv2.imencode(".png", np.full((size, size, 3), value, np.uint8))[1].tobytes()
+
+
+def lesion_rule(number: int = 300) -> AbstentionRule:
+    """Fitted on `lesion_image` of seeds 1000 and up, as the tiny network sees them."""
+    images = [decode_image(lesion_image(seed)) for seed in range(1000, 1000 + number)]
+    figures = [image_quality(image) for image in images]
+    quality = {name: np.array([row[name] for row in figures]) for name in figures[0]}
+    _, embeddings = expected_outputs(np.stack([resize(image, SIZE) for image in images]))
+    rule = AbstentionRule.fit(quality, embeddings, np.arange(number), seed=0)
+    assert rule is not None
+    return rule
 
 
 def storage(home: Path) -> StorageSettings:

@@ -36,6 +36,17 @@ def test_a_second_attempt_finds_what_reached_the_disk(tmp_path, small_parts):
     assert np.isnan(third.log_probabilities[2]).all()
 
 
+def test_what_was_abstained_from_is_kept_with_its_part_and_older_parts_have_none(tmp_path, small_parts):
+    first = ScoreParts(tmp_path, 10, 2)
+    first.add(np.array([3, 1, 2, 8]), scores([3, 1, 2, 8]), {}, {1: ("blurred noisy", "sharpness 9"), 8: ("a", "b")})
+    with np.load(tmp_path / "scores-000000.npz") as part:
+        older = {name: part[name] for name in part.files if name != "abstained"}
+    second = ScoreParts(tmp_path, 10, 2)
+    assert second.abstained == first.abstained == {1: ("blurred noisy", "sharpness 9"), 8: ("a", "b")}
+    np.savez(tmp_path / "scores-000000.npz", **older)
+    assert ScoreParts(tmp_path, 10, 2).abstained == {}
+
+
 def test_a_row_is_never_taken_twice(tmp_path, small_parts):
     parts = ScoreParts(tmp_path, 10, 2)
     add(parts, [1, 2])

@@ -68,3 +68,17 @@ def test_unseen_institutions_have_a_table():
     assert "| Vienna | 120 (24) | 0.900 | 0.850 | -0.050 (-0.080 to -0.020) |" in card
     assert "network that scored the pictures had seen" in card
     assert "has not seen" not in render_model_card(fields(), METRICS)
+
+
+def test_the_card_says_which_pictures_are_not_scored():
+    def counts(n, refused):
+        return {"n": n, "refused": refused, "share": refused / n if n else None, "low": 0.001, "high": 0.02}
+
+    kinds = [("clouds", "non_lesion", False, 0.9), ("wood", "non_lesion", True, 0.4), ("text", "non_lesion", True, 1.0)]
+    gate = {"all": counts(1000, 5), "malignant": counts(0, 0), "benign": counts(1000, 5)}
+    rows = [{"kind": kind, "set": group, "held_out": held, "share": share} for kind, group, held, share in kinds]
+    card = render_model_card(fields(), METRICS, abstention={"gate": gate, "kinds": rows})
+    assert "| usable: lesions of the gate split | 0.5% (0.1%-2.0%) of 1000 |  |" in card
+    assert "| usable: malignant ones | none there |  |" in card
+    assert "| unusable: no lesion, 2 kinds held out | 70.0% | wood: 40% |" in card
+    assert "Pictures it does not score" not in render_model_card(fields(), METRICS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import cv2
@@ -18,7 +19,15 @@ from serve.ingress import NOTICE_HEADER, build_api
 from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
-from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, lesion_image, served_bundle, storage
+from tests.bundle_factory import (
+    LocalFusion,
+    LocalScorer,
+    LocalSidecar,
+    lesion_image,
+    lesion_rule,
+    served_bundle,
+    storage,
+)
 
 FIELDS = {
     "prediction_id",
@@ -332,3 +341,75 @@ def test_an_unexpected_failure_is_a_json_500_that_quotes_nothing(served, monkeyp
 
     monkeypatch.setattr(served.service._scorer, "score", fail)
     assert "Jane" not in problem(served.predict(), 500)["detail"]
+
+
+@pytest.fixture(scope="module")
+def rule():
+    return lesion_rule()
+
+
+@pytest.fixture(scope="module")
+def careful_reference(rule, tmp_path_factory):
+    return served_bundle(tmp_path_factory.mktemp("careful") / "bundle", version="9", abstention=rule)
+
+
+@pytest.fixture
+def careful(careful_reference, dermray_home):
+    """A service whose model abstains from pictures unlike `lesion_image`."""
+    nodes = LocalScorer(careful_reference), LocalFusion(careful_reference)
+    with_client = Served(careful_reference, nodes, storage(dermray_home))
+    with with_client.client:
+        yield with_client
+
+
+def test_an_unusable_picture_gets_reasons_and_nothing_a_risk_could_be_read_from_and_is_logged(careful):
+    response = careful.predict(blank_png(48), metadata=json.dumps(METADATA))
+    assert response.status_code == 200
+    answer = response.json()
+    assert set(answer) == FIELDS
+    assert answer["abstained"] is True and {"too_dark", "low_contrast"} <= set(answer["reasons"])
+    scores = ("risk", "image_score", "class_probabilities", "band")
+    assert {answer[name] for name in scores} == {None}
+    (row,) = careful.rows()
+    assert row["id"] == answer["prediction_id"] and row["reasons"] == answer["reasons"]
+    assert row["abstained"] is True and row["risk"] is None and row["band"] is None
+    # For whoever reviews refusals, and for drift: what the network saw.
+    assert row["image_score"] is not None and row["brightness"] == 0
+    assert careful.log.image_files.get(row["image_hash"], ".png")
+
+
+def test_a_usable_picture_is_answered_as_by_the_model_without_a_rule(careful, served):
+    careful_answer, plain = careful.predict().json(), served.predict().json()
+    assert careful_answer["abstained"] is False and careful_answer["reasons"] == []
+    assert careful_answer["risk"] == plain["risk"] and careful_answer["band"] == plain["band"]
+    assert served.predict(blank_png(48)).json()["abstained"] is False
+
+
+def test_in_a_batch_only_the_unusable_items_are_abstained_from(careful):
+    images = [lesion_image(0), blank_png(48), lesion_image(1)]
+    answers = careful.predict_batch(images, key="round").json()
+    assert [answer["abstained"] for answer in answers] == [False, True, False]
+    assert [answer["risk"] is None for answer in answers] == [False, True, False]
+    again = careful.predict_batch(images, key="round").json()
+    for first, second in zip(answers, again, strict=True):
+        assert first | {"stage_ms": 0} == second | {"stage_ms": 0}
+
+
+def test_a_picture_unlike_training_is_abstained_from(careful, rule):
+    near = dataclasses.replace(rule, max_distance=1e-9)
+    careful.service.use_model(dataclasses.replace(careful.service.model, abstention=near))
+    assert careful.predict().json()["reasons"] == ["unlike_training"]
+
+
+def test_the_operator_can_have_everything_scored(careful):
+    card = careful.client.get("/v1/model").json()["abstention"]
+    assert card["active"] is True and card["false_refusal_rate"] == 0.01
+    assert card["limits"]["brightness"]["low"] > 0 and card["max_distance"] > 0
+    careful.service.settings = IngressSettings(abstain=False)
+    answer = careful.predict(blank_png(48)).json()
+    assert answer["abstained"] is False and answer["risk"] is not None
+    assert careful.client.get("/v1/model").json()["abstention"]["active"] is False
+
+
+def test_a_model_without_a_rule_says_so(served):
+    assert served.client.get("/v1/model").json()["abstention"] is None

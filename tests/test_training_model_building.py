@@ -1,14 +1,20 @@
 """What build_bundle may learn from: never the gate split's labels; and what a bundle may carry: no one's id."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages
 from data_pipelines.image_dataset import DatasetVersion
+from data_pipelines.synthetic_lesions import parity_images
+from modeling.abstention import AbstentionRule
 from modeling.bundle import load_bundle
+from modeling.engines import EngineOutput
 from modeling.image_scorer import ExportableScorer, create_scorer
 from modeling.schema import TaskSpec
+from ray_jobs import train_model
 from training import model_building
 from training.config import BuildConfig, TrainingConfig
 from training.model_building import build_bundle
@@ -62,17 +68,33 @@ def without_images(monkeypatch, version):
         chosen = np.array([number[name] for name in rows.ids])
         log_probabilities = -np.logaddexp(0.0, np.stack([logit[chosen], -logit[chosen]], axis=1))
         embedding = np.random.default_rng(7).normal(size=(len(number), EMBEDDING_DIM))[chosen].astype(np.float32)
+        distance = None if options.distance is None else options.distance(embedding)
         if (projection := options.projection) is not None:
             embedding = (embedding - projection[1]) @ projection[0]
-        quality = {name: np.full(len(chosen), 0.5, np.float32) for name in QUALITY_COLUMNS}
-        return ScoredImages(np.arange(len(chosen)), log_probabilities, embedding, quality, {})
+        figures = np.random.default_rng(8).normal(0.5, 0.02, (len(QUALITY_COLUMNS), len(number)))
+        quality = dict(zip(QUALITY_COLUMNS, figures[:, chosen], strict=True))
+        return ScoredImages(np.arange(len(chosen)), log_probabilities, embedding, quality, {}, distance)
 
     monkeypatch.setattr(model_building, "score_images", score_images)
     # Exporting takes ten seconds and has tests of its own.
     monkeypatch.setattr(model_building, "export_onnx", lambda scorer, size, path: path.write_bytes(b"onnx"))
     monkeypatch.setattr(model_building, "write_parity", lambda scorer, images, path: path.write_bytes(b"parity"))
+    monkeypatch.setattr(model_building, "OnnxRuntimeEngine", MeanColours)
+    lesion = parity_images(64, seed=0, count=1)
+    monkeypatch.setattr(model_building, "some_pictures", lambda version, positions, number, seed: list(lesion))
     positions = version.training_positions
     return -np.logaddexp(0.0, np.stack([logit[positions], -logit[positions]], axis=1))
+
+
+class MeanColours:
+    """Stands for the exported network where it sees unusable pictures."""
+
+    def __init__(self, path):
+        assert path.read_bytes() == b"onnx"
+
+    def run(self, images):
+        colours = images.mean(axis=(1, 2)).astype(np.float32)
+        return EngineOutput(colours, np.tile(colours, EMBEDDING_DIM // 3))
 
 
 @pytest.fixture
@@ -80,7 +102,7 @@ def build(tmp_path, without_images):
     scorer = ExportableScorer([create_scorer("tf_efficientnet_lite0", 2, "none").eval()])
 
     def run(name, version):
-        config = BuildConfig.model_validate({"num_bootstrap": 50})
+        config = BuildConfig.model_validate({"num_bootstrap": 50, "ood_pictures": 1})
         folder = tmp_path / name
         digest, results = build_bundle(
             folder, version, TrainingConfig(), config, scorer, without_images, "0" * 40, lambda line: None
@@ -91,11 +113,16 @@ def build(tmp_path, without_images):
 
 
 def learnt_files(folder):
-    """Everything a context's model is made of, without what was measured of it."""
+    """Everything the models and the abstention rule are made of, without what was measured of them."""
+    rule = json.loads((folder / "abstention.json").read_text())
+    assert rule.pop("measured")
     return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted((folder / "contexts").rglob("*"))
-        if file.is_file() and file.name != "metrics.json"
+        "abstention": (rule, (folder / "abstention.npz").read_bytes()),
+        **{
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in sorted((folder / "contexts").rglob("*"))
+            if file.is_file() and file.name != "metrics.json"
+        },
     }
 
 
@@ -135,6 +162,32 @@ def test_a_bundle_verifies_and_carries_nobody_s_id(build, version):
     everything = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
     everything += reference.to_csv().encode()
     assert b"IP_0" not in everything and b"ISIC_0" not in everything
+
+
+def test_the_abstention_rule_is_measured_on_the_gate_split_and_on_unusable_pictures(
+    build, version, tmp_path, monkeypatch
+):
+    folder, digest, results = build("bundle", version)
+    assert load_bundle(str(folder), digest).manifest.files.keys() >= {"abstention.json", "abstention.npz"}
+    rule = AbstentionRule.load(folder)
+    assert rule.num_rows == len(version.training_positions)
+    gate = rule.measured["gate"]
+    assert gate["all"]["n"] == len(version.gate_positions) == gate["malignant"]["n"] + gate["benign"]["n"]
+    assert gate["malignant"]["n"] == version.lesions["label"].iloc[version.gate_positions].sum()
+    assert gate["all"]["share"] < 0.08
+    kinds = {row["kind"]: row for row in rule.measured["kinds"]}
+    assert kinds["lens_cap"]["share"] == kinds["darkened"]["share"] == 1.0
+    card = (folder / "model_card.md").read_text()
+    assert "## Pictures it does not score" in card and "spoilt lesions, 7 kinds held out" in card
+    drawn = []
+    for name in ("plot_evaluation", "plot_clinical"):
+        monkeypatch.setattr(train_model, name, lambda *arguments: None)
+    monkeypatch.setattr(train_model, "plot_abstention", lambda path, report, title: drawn.append((path.name, report)))
+    train_model.write_report(tmp_path / "report", folder, version, results)
+    assert json.loads((tmp_path / "report" / "abstention.json").read_text()) == rule.measured
+    assert drawn == [("abstention.png", results.ood)] and not list(folder.rglob("*.png"))
+    metrics = train_model.abstention_metrics(rule.measured)
+    assert metrics["abstention.gate.all"] == gate["all"]["share"] and 0.5 < metrics["abstention.non_lesion"] <= 1
 
 
 def test_models_are_compared_in_pairs_with_metadata_alone_and_with_each_other(build, version):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling.abstention import AbstentionRule
 from modeling.bundle import Bundle, load_bundle, write_manifest
 from modeling.schema import TaskSpec
 
@@ -124,6 +125,7 @@ def tiny_bundle(
     contexts: list[str] | None = None,
     synthetic: bool = True,
     onnx_bias: float = 0.0,
+    abstention: AbstentionRule | None = None,
     **fields,
 ) -> Bundle:
     """Writes a bundle into `directory` and opens it. `onnx_bias` breaks parity; `fields` override the manifest's."""
@@ -145,6 +147,8 @@ def tiny_bundle(
     reference |= {f"risk_{context}": risk for context in contexts}
     pd.DataFrame(reference).to_parquet(directory / "reference.parquet")
     (directory / "model_card.md").write_text("# tiny\n")
+    if abstention is not None:
+        abstention.save(directory)
     values = {
         "name": task.name,
         "task": task.model_dump(),

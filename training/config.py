@@ -83,4 +83,7 @@ class BuildConfig(BaseModel):
     ensemble: bool = Field(False, description="serve the folds' networks with the refit: better, and that much slower")
     leave_institution_out: bool = Field(True, description="also fit without each institution; needs a column of them")
     num_bootstrap: int = Field(500, ge=50, le=100_000, description="group resamples behind every interval")
+    ood_pictures: int = Field(
+        30, ge=0, le=1000, description="unusable pictures of each kind that the abstention rule is tried on"
+    )
     num_scorers: int = Field(1, ge=1, le=1024)

@@ -21,6 +21,7 @@ from training.clinical_report import clinical_report, missed_cancers, paired_gai
 from training.config import BuildConfig, TrainingConfig
 from training.evaluation_notes import evaluation_notes
 from training.institution_report import institution_names, leave_one_institution_out
+from training.ood_report import OodReport
 
 TABULAR_ONLY = "tabular_only"
 
@@ -38,6 +39,7 @@ class ContextResults:
         thresholds: context -> risk from which a lesion counts as found.
         out_of_fold: context -> float64 (N, K) of the training rows, each by a model that saw no row of its fold (but
             for the risk calibration, two numbers fitted on all of them).
+        ood: what the abstention rule refuses; None without one.
         missed: context -> malignant gate lesions below the operating threshold (holds ids: not for the bundle).
     """
 
@@ -47,6 +49,7 @@ class ContextResults:
     thresholds: dict[str, float] = field(default_factory=dict)
     out_of_fold: dict[str, np.ndarray] = field(default_factory=dict)
     missed: dict[str, pd.DataFrame] = field(default_factory=dict)
+    ood: OodReport | None = None
 
 
 def priors(version: DatasetVersion, training: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:

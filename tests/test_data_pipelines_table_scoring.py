@@ -1,0 +1,118 @@
+"""A table's pictures that should not be trusted keep their score and are listed beside it, also after a restart."""
+
+from __future__ import annotations
+
+import csv
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_pipelines import table_scoring
+from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages
+from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
+from ray_jobs import score_dataset
+from tests.bundle_factory import blank_image, lesion_image, lesion_rule
+from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
+
+PICTURES = {
+    "ISIC_0": lesion_image(0),
+    "ISIC_1": blank_image(),
+    "ISIC_2": b"no picture",
+    "ISIC_3": lesion_image(3),
+    "ISIC_4": blank_image(255),
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with pictures, metadata and a bundle; the network runs in process instead of in Ray Data's actors."""
+    with h5py.File(tmp_path / "images.hdf5", "w") as file:
+        for name, data in PICTURES.items():
+            file[name] = np.void(data)
+    table = pd.DataFrame({"isic_id": list(PICTURES), "age_approx": 50, "sex": "male"})
+    table.to_csv(tmp_path / "metadata.csv", index=False)
+
+    def stream_scores(images, rows, onnx_path, input_size, options):
+        # As in the file's order, two by two; a broken picture is a black row without figures.
+        for start in range(0, len(rows), 2):
+            part, errors = np.arange(start, min(start + 2, len(rows))), {}
+            pixels = np.zeros((len(part), SIZE, SIZE, 3), np.uint8)
+            quality = {name: np.full(len(part), np.nan) for name in QUALITY_COLUMNS}
+            for position, row in enumerate(part):
+                try:
+                    image = decode_image(PICTURES[rows.ids[row]])
+                except UndecodableImageError as error:
+                    errors[position] = str(error)
+                    continue
+                pixels[position] = resize(image, SIZE)
+                for name, value in image_quality(image).items():
+                    quality[name][position] = value
+            logits, embedding = expected_outputs(pixels)
+            log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            log_probabilities[list(errors)] = np.nan
+            distance = None if options.distance is None else options.distance(embedding)
+            if distance is not None:
+                distance[list(errors)] = np.nan
+            yield ScoredImages(part, log_probabilities, None, quality if options.with_quality else {}, errors, distance)
+
+    monkeypatch.setattr(table_scoring, "stream_scores", stream_scores)
+    monkeypatch.setattr(score_dataset, "connect_ray", lambda: None)
+    return tmp_path
+
+
+def score(files, bundle):
+    return score_dataset.run(
+        score_dataset.ScoreDatasetConfig(
+            images=str(files / "images.hdf5"),
+            metadata=str(files / "metadata.csv"),
+            out=str(files / "scores.csv"),
+            model=str(bundle.directory),
+        )
+    )
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def test_refused_pictures_keep_a_number_and_are_listed_with_reasons(files):
+    bundle = tiny_bundle(files / "bundle", abstention=lesion_rule())
+    line = score(files, bundle)
+    assert (line["rows"], line["quarantined"], line["abstained"]) == (4, 1, 2)
+    table = pd.read_csv(files / "scores.csv")
+    assert table["isic_id"].tolist() == ["ISIC_0", "ISIC_1", "ISIC_3", "ISIC_4"]
+    assert list(table.columns) == ["isic_id", "target"] and table["target"].between(0, 1).all()
+    listed = rows_of(files / "scores.abstained.csv")
+    # The undecodable one has no figures at all: it is quarantined, not abstained from.
+    assert set(listed) == {"ISIC_1", "ISIC_4"} and set(rows_of(files / "scores.quarantine.csv")) == {"ISIC_2"}
+    assert {"too_dark", "low_contrast"} <= set(listed["ISIC_1"]["reasons"].split())
+    assert "too_bright" in listed["ISIC_4"]["reasons"].split()
+    assert "brightness 0, expected at least" in listed["ISIC_1"]["detail"]
+
+
+def test_a_model_without_a_rule_abstains_from_nothing_and_an_old_list_goes(files):
+    (files / "scores.abstained.csv").write_text("id,reasons,detail\nISIC_9,blurred,x\n")
+    line = score(files, tiny_bundle(files / "bundle"))
+    assert (line["rows"], line["abstained"]) == (4, 0)
+    assert not (files / "scores.abstained.csv").exists()
+
+
+def test_what_an_earlier_attempt_refused_is_still_listed(files, monkeypatch):
+    bundle = tiny_bundle(files / "bundle", abstention=lesion_rule())
+    whole, first = score(files, bundle), rows_of(files / "scores.abstained.csv")
+    stream = table_scoring.stream_scores
+    monkeypatch.setattr("data_pipelines.score_parts.PART_ROWS", 1)
+
+    def cut_off(*arguments):
+        yield next(stream(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table_scoring, "stream_scores", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        score(files, bundle)
+    monkeypatch.setattr(table_scoring, "stream_scores", stream)
+    assert score(files, bundle) == whole
+    assert rows_of(files / "scores.abstained.csv") == first
