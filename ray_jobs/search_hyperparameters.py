@@ -14,6 +14,7 @@ from data_pipelines.image_dataset import open_dataset
 from modeling.registry import Registry
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
+from training.image_models import check_training
 from tune.cross_validation import METRIC, run_search, trial_history
 from tune.search_space import SearchSpace, check_space, with_overrides
 
@@ -33,10 +34,11 @@ class SearchHyperparametersConfig(JobConfig):
 def run(config: SearchHyperparametersConfig) -> dict[str, Any]:
     base = config.train_model
     version = open_dataset(base.dataset)
-    check_space(config.space, base.training)
+    check_space(config.space, base.training, version.task)
     num_folds = config.num_folds or version.num_folds
     if num_folds > version.num_folds:
         raise ValueError(f"num_folds = {num_folds}: the data set has {version.num_folds} folds")
+    check_training(base.training, version, range(num_folds))
     connect_ray()
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     say(f"{config.num_trials} trials of up to {num_folds} folds over {sorted(config.space)}")

@@ -20,7 +20,7 @@ from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, s
 from training.config import BuildConfig, TrainingConfig
 from training.context_models import ContextResults
 from training.evaluation_plots import plot_clinical, plot_evaluation
-from training.image_models import RunFolder, train_image_models
+from training.image_models import RunFolder, check_training, train_image_models
 from training.model_building import build_bundle
 
 
@@ -93,6 +93,8 @@ def summary(gate: dict[str, Any]) -> dict[str, Any]:
 def run(config: TrainModelConfig) -> dict[str, Any]:
     version = open_dataset(config.dataset)
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if version.images_path is not None:
+        check_training(config.training, version, [None, *version.training_folds])
     folder = RunFolder(Path(config.runs) / run_name, config.training, version)
     out_of_fold, fold_metrics, scorer = None, [], None
     if version.images_path is None:

@@ -3,8 +3,17 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from tune.search_space import SearchSpace, check_space, to_ray, with_overrides
+
+TASK = TaskSpec(
+    name="spots",
+    fold_group="patient_id",
+    label_column="target",
+    classes=["benign", "malignant"],
+    malignant=["malignant"],
+)
 
 
 def space(**fields):
@@ -24,11 +33,12 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
         ({"optimizer__speed": {"kind": "uniform", "low": 0, "high": 1}}, "'optimizer.speed' is not a training field"),
         ({"model__input_size": {"kind": "choice", "values": [64, 8]}}, "greater than or equal to 32"),
         ({"optimizer__learning_rate": {"kind": "uniform", "low": 0.1, "high": 7}}, "less than or equal to 1"),
+        ({"optimizer__malignant_weight": {"kind": "choice", "values": [0, 1]}}, "task spots has two classes"),
     ],
 )
 def test_a_space_that_leaves_the_config_is_refused_before_any_trial(fields, message):
     with pytest.raises(ValueError, match=message):
-        check_space(space(**fields), TrainingConfig())
+        check_space(space(**fields), TrainingConfig(), TASK)
 
 
 @pytest.mark.parametrize("bounds", [{"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}])

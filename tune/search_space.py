@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 
 
@@ -59,8 +60,8 @@ def with_overrides(config: TrainingConfig, overrides: dict[str, Any]) -> Trainin
     return TrainingConfig.model_validate(values)
 
 
-def check_space(space: SearchSpace, base: TrainingConfig) -> None:
-    """Tries both ends or every choice of each field against the base config.
+def check_space(space: SearchSpace, base: TrainingConfig, task: TaskSpec) -> None:
+    """Tries both ends or every choice of each field against the base config and the task.
 
     Raises:
         ValueError: naming the field and what is wrong with it.
@@ -68,7 +69,7 @@ def check_space(space: SearchSpace, base: TrainingConfig) -> None:
     for dotted, distribution in space.items():
         ends = [distribution.low, distribution.high] if isinstance(distribution, Uniform) else distribution.values
         for value in ends:
-            with_overrides(base, {dotted: value})
+            with_overrides(base, {dotted: value}).check_task(task)
 
 
 def to_ray(space: SearchSpace) -> dict[str, Any]:
