@@ -76,8 +76,9 @@ def _load_file(network: nn.Module, backbone: str, path: str) -> None:
     missing = [name for name in expected if name not in source]
     differing = [name for name in expected if name in source and source[name].shape != expected[name]]
     if missing or differing:
-        example = f"{missing[0]} is missing"
-        if not missing:
+        if missing:
+            example = f"{missing[0]} is missing"
+        else:
             example = f"{differing[0]} is {tuple(source[differing[0]].shape)}, not {tuple(expected[differing[0]])}"
         raise ValueError(
             f"model.weights = {path!r} does not fit {backbone}: of {len(expected)} tensors {len(missing)} are missing "

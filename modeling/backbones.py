@@ -89,8 +89,9 @@ def create_backbone(name: str, input_size: int | None = None) -> Backbone:
         _check_timm_name(name)
         import timm
 
-        fixed = timm.get_pretrained_cfg(name).fixed_input_size
-        arguments = {"img_size": input_size} if fixed and input_size else {}
+        # Position embeddings and attention windows are laid out for one size.
+        facts = timm.get_pretrained_cfg(name)
+        arguments = {"img_size": input_size} if input_size and facts is not None and facts.fixed_input_size else {}
         try:
             network = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **arguments)
         except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -100,6 +101,11 @@ def create_backbone(name: str, input_size: int | None = None) -> Backbone:
         config = network.default_cfg
         order, size = getattr(network, "output_fmt", "NCHW"), input_size or config["input_size"][-1]
         layout, mean, std = FeatureLayout(order), config["mean"], config["std"]
+        embed = getattr(network, "patch_embed", None)
+        if isinstance(embed, timm.layers.PatchEmbed) and size % embed.patch_size[0] and not embed.dynamic_img_pad:
+            # It would run, and never see the rest of the picture.
+            side = embed.patch_size[0]
+            raise ValueError(f"model.backbone = {name!r} at {size} px: expected a multiple of its patches' {side} px")
     layout, dim = _tried(name, network, layout, size)
     return Backbone(network, layout, dim, tuple(mean), tuple(std))
 
