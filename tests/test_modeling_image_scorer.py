@@ -161,11 +161,15 @@ def test_a_model_that_cannot_be_built_says_why(arguments, message):
         create_scorer(num_classes=2, **arguments)
 
 
-@pytest.mark.parametrize(("members", "num_views"), [(1, 1), (2, 4)])
-def test_the_exported_graph_is_the_same_function_at_any_batch_size(scorer, tmp_path, members, num_views):
+@pytest.mark.parametrize(
+    ("members", "num_views", "malignant"), [(1, 1, None), (2, 4, [True, True, False, False, True, False, False])]
+)
+def test_the_exported_graph_is_the_same_function_at_any_batch_size(tmp_path, members, num_views, malignant):
     path = tmp_path / "image_scorer.onnx"
-    others = [create_scorer(BACKBONE, 7, "none").eval() for _ in range(members - 1)]
-    exportable = ExportableScorer([scorer, *others], num_views)
+    torch.manual_seed(0)
+    weights = ["package", *["none"] * (members - 1)]
+    scorers = [create_scorer(BACKBONE, 7, each, input_size=64, malignant=malignant).eval() for each in weights]
+    exportable = ExportableScorer(scorers, num_views)
     export_onnx(exportable, 64, path)
     fixed = pictures(5, 64, seed=1)
     write_parity(exportable, fixed, tmp_path / "parity.npz")

@@ -62,7 +62,7 @@ class Teacher:
         config = TrainingConfig.model_validate(settings["config"])
         scorer = load_network(Path(settings["checkpoint"]), config, task)
         self.input_size = config.model.input_size
-        self.model = ExportableScorer([scorer]).requires_grad_(False).eval()
+        self.model = ExportableScorer([scorer]).eval()
         self.model.to(device=device, memory_format=torch.channels_last)
 
     @torch.no_grad()
