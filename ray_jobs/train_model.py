@@ -24,7 +24,7 @@ from training.context_models import ContextResults
 from training.environment import describe_environment
 from training.evaluation_notes import check_trainable
 from training.evaluation_plots import plot_clinical, plot_evaluation
-from training.image_models import RunFolder, train_image_models
+from training.image_models import RunFolder, check_training, train_image_models
 from training.missed_pictures import plot_missed
 from training.model_building import build_bundle
 from training.ood_report import plot_abstention
@@ -143,6 +143,8 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     version = open_dataset(config.dataset)
     check_trainable(version)
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if version.images_path is not None:
+        check_training(config.training, version, [None, *version.training_folds])
     folder = RunFolder(Path(config.runs) / run_name, config.training, version)
     out_of_fold, fold_metrics, scorer = None, [], None
     if version.images_path is None:

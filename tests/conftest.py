@@ -119,3 +119,17 @@ def ray_connected(ray_cluster: LocalCluster) -> Iterator[LocalCluster]:
             yield ray_cluster
         finally:
             ray.shutdown()
+
+
+@pytest.fixture
+def many_classes():
+    """A task of three classes, two of them malignant."""
+    from modeling.schema import TaskSpec
+
+    return TaskSpec(
+        name="spots",
+        fold_group="lesion_id",
+        label_column="dx",
+        classes=["nv", "mel", "bcc"],
+        malignant=["mel", "bcc"],
+    )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from training.epoch import ExponentialMovingAverage, parameter_groups, predict, train_epoch, warmup_cosine
+from training.objective import Objective
 
 
 class Brightness(nn.Module):
@@ -40,7 +41,7 @@ def test_training_learns_and_prediction_keeps_rows_and_labels_together():
     average = ExponentialMovingAverage(model, 0.9)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 48, 0.1))
-    losses = [train_epoch(model, batches(), optimizer, scheduler, average, model, 0.0) for _ in range(3)]
+    losses = [train_epoch(model, batches(), optimizer, scheduler, average, model, Objective()) for _ in range(3)]
     assert losses[-1]["train_loss"] < 0.5 * losses[0]["train_loss"]
     assert losses[0]["train_rows"] == 256
     result = predict(average.model, batches(seed=1))
@@ -57,7 +58,7 @@ def test_a_diverged_loss_stops_the_run_with_advice():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(FloatingPointError, match="learning_rate"):
-        train_epoch(model, batches(), optimizer, scheduler, ExponentialMovingAverage(model, 0.9), model, 0.0)
+        train_epoch(model, batches(), optimizer, scheduler, ExponentialMovingAverage(model, 0.9), model, Objective())
 
 
 def test_the_average_leaves_its_initial_weights_even_in_a_short_run():

@@ -3,11 +3,20 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from tune.search_space import SearchSpace, check_space, networks, to_ray, trial_config, with_overrides
 
 LITE = {"backbone": "tf_efficientnet_lite0", "weights": "package"}
 SMALL = {"backbone": "mobilenetv3_small_100", "weights": "none"}
+
+TASK = TaskSpec(
+    name="spots",
+    fold_group="patient_id",
+    label_column="target",
+    classes=["benign", "malignant"],
+    malignant=["malignant"],
+)
 
 
 def space(**fields):
@@ -44,11 +53,12 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
             },
             "expected at least one batch per worker, 64",
         ),
+        ({"optimizer__malignant_weight": {"kind": "choice", "values": [0, 1]}}, "task spots has two classes"),
     ],
 )
 def test_a_space_that_leaves_the_config_is_refused_before_any_trial(fields, message):
     with pytest.raises(ValueError, match=message):
-        check_space(space(**fields), TrainingConfig())
+        check_space(space(**fields), TrainingConfig(), TASK)
 
 
 @pytest.mark.parametrize("bounds", [{"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}])
@@ -101,9 +111,10 @@ def test_backbone_and_weights_are_chosen_together():
     config = trial_config(base, fields, {"model": label, "model.input_size": 96})
     assert (config.model.backbone, config.model.weights) == ("mobilenetv3_small_100", "none")
     assert (config.model.input_size, config.model.dropout) == (96, base.model.dropout)
-    assert networks(fields, base) == [tuple(SMALL.values()), tuple(LITE.values())]
+    drawn = [(drawn.model.backbone, drawn.model.weights, drawn.model.input_size) for drawn in networks(fields, base)]
+    assert drawn == [(*values.values(), size) for values in (LITE, SMALL) for size in (64, 96)]
     apart = space(
         model__backbone={"kind": "choice", "values": ["a", "b"]}, model__weights={"kind": "choice", "values": ["none"]}
     )
-    assert networks(apart, base) == [("a", "none"), ("b", "none")]
-    assert networks({}, base) == [("tf_efficientnet_lite0", "package")]
+    assert [drawn.model.backbone for drawn in networks(apart, base)] == ["a", "b"]
+    assert networks({}, base) == [base]

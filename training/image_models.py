@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from data_pipelines.image_dataset import DatasetVersion
 from training.config import TrainingConfig
+from training.distillation import teacher_settings
+from training.networks import create_network
+from training.run_folder import RUN_FILE, network_name, read_identity, read_network
 from training.trainer import TrainedImageModel, build_trainer, fit
 
 
@@ -24,20 +27,18 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainingConfig, version: DatasetVersion):
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        identity = json.dumps({"config": config.model_dump(), "dataset": version.digest}, sort_keys=True)
-        marker = path / "run.json"
-        if marker.exists() and marker.read_text(encoding="utf-8") != identity:
+        # Configs are compared, not files: a run begun before a field existed had that field's default.
+        if (path / RUN_FILE).exists() and read_identity(path) != (config, version.digest):
             raise ValueError(f"run folder {path} holds a run with another config or data set; give another run_name")
-        marker.write_text(identity, encoding="utf-8")
+        identity = json.dumps({"config": config.model_dump(), "dataset": version.digest}, sort_keys=True)
+        (path / RUN_FILE).write_text(identity, encoding="utf-8")
 
     def train(self, name: str, train: Callable[[], TrainedImageModel]) -> TrainedImageModel:
         """Returns the finished model `name`, training it unless an earlier attempt has."""
-        record = self.path / f"{name}.json"
-        if record.exists():
-            facts = json.loads(record.read_text(encoding="utf-8"))
-            if Path(facts["checkpoint"]).exists():
-                return TrainedImageModel(Path(facts["checkpoint"]), facts["metrics"])
+        if (finished := read_network(self.path, name)) is not None:
+            return TrainedImageModel(Path(finished["checkpoint"]), finished["metrics"])
         model = train()
+        record = self.path / f"{name}.json"
         # A fold without malignant lesions has no AUC: null, since JSON knows no NaN.
         metrics = {name: None if value != value else value for name, value in model.metrics.items()}
         facts = {"checkpoint": str(model.checkpoint), "metrics": metrics}
@@ -45,6 +46,19 @@ class RunFolder:
         temporary.write_text(json.dumps(facts, default=float, allow_nan=False), encoding="utf-8")
         temporary.replace(record)
         return TrainedImageModel(model.checkpoint, metrics)
+
+
+def check_training(config: TrainingConfig, version: DatasetVersion, folds: Iterable[int | None]) -> None:
+    """Finds before a cluster starts what would fail in every train worker, again and again.
+
+    Raises:
+        ValueError: a setting that makes no sense for the task, a teacher run that lacks one of the folds' networks, a
+            backbone that cannot be built, or weights that are missing or do not fit.
+    """
+    config.check_task(version.task)
+    for fold in folds:
+        teacher_settings(config, version.digest, fold)
+    create_network(config, version.task)
 
 
 def train_image_models(
@@ -83,7 +97,7 @@ def train_image_models(
 def _train(
     config: TrainingConfig, version: DatasetVersion, folder: RunFolder, fold: int | None, say: Callable[[str], None]
 ) -> TrainedImageModel:
-    name = "refit" if fold is None else f"fold_{fold}"
+    name = network_name(fold)
     say("refit: training on all folds" if fold is None else f"{name}: training on the other folds")
     return folder.train(name, lambda: fit(build_trainer(config, version, fold, str(folder.path), name)))
 

@@ -12,14 +12,15 @@ import pandas as pd
 import ray
 import ray.train
 import ray.train.torch
-import torch
 
 from data_pipelines.epoch_sampling import EpochCursor
 from data_pipelines.image_dataset import DatasetVersion, evaluation_dataset, execution_options, training_dataset
-from modeling.image_scorer import ImageScorer, create_scorer
+from modeling.image_scorer import ImageScorer
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
-from training.worker import CHECKPOINT_FILE, train_loop_per_worker
+from training.distillation import teacher_settings
+from training.networks import load_network
+from training.worker import train_loop_per_worker
 
 # On a CPU each step frees and takes the same tens of megabytes of activations. By default glibc hands them back to the
 # kernel, which must clear every page again: one thread of tf_efficientnet_lite0 at 128 px then makes 34 pictures/s
@@ -48,7 +49,11 @@ def build_trainer(
         storage_path: absolute path or URL for checkpoints.
         name: run name, unique in `storage_path`; a run of the same name resumes.
         evaluate: score the validation fold after the last epoch or after every one.
+
+    Raises:
+        ValueError: a setting that makes no sense for the task, or no teacher for this fold.
     """
+    config.check_task(version.task)
     folds = [other for other in version.training_folds if other != fold]
     cursor_url = f"{storage_path}/{name}.epoch"
     num_rows = config.sampling.epoch_rows or len(version.positions(folds))
@@ -79,6 +84,7 @@ def build_trainer(
             "cursor": cursor_url,
             "title": name,
             "evaluate": evaluate if fold is not None else "never",
+            "teacher": teacher_settings(config, version.digest, fold),
         },
         datasets=datasets,
         # Validation rows must all be scored: an equal split would drop the remainder, so each worker gets every row
@@ -109,10 +115,7 @@ class TrainedImageModel:
 
     def scorer(self, config: TrainingConfig, task: TaskSpec) -> ImageScorer:
         """The averaged weights as a network in evaluation mode, on the CPU."""
-        scorer = create_scorer(config.model.backbone, task.num_classes, "none")
-        state = torch.load(self.checkpoint / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
-        scorer.load_state_dict(state["average"])
-        return scorer.eval()
+        return load_network(self.checkpoint, config, task)
 
     def predictions(self, task: TaskSpec) -> tuple[np.ndarray, np.ndarray]:
         """Validation rows int64 (N,), ascending, and their log-probabilities float64 (N, K)."""

@@ -17,14 +17,16 @@ import ray.train.torch
 import torch
 
 from data_pipelines.epoch_sampling import EpochCursor
-from modeling.image_scorer import ExportableScorer, create_scorer
+from modeling.image_scorer import ExportableScorer
 from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.device_augmentation import DeviceAugmentation
+from training.distillation import Teacher
 from training.epoch import ExponentialMovingAverage, parameter_groups, predict, train_epoch, warmup_cosine
+from training.networks import CHECKPOINT_FILE, create_network
+from training.objective import build_objective
 
-CHECKPOINT_FILE = "model.pt"
 PROGRESS_SECONDS = 5.0
 
 
@@ -36,7 +38,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """Trains one image model and reports a checkpoint per epoch; resumes from the run's latest checkpoint.
 
     `settings`: config (TrainingConfig dump), task (TaskSpec dump), epoch_rows (rows an epoch over all workers),
-    cursor (URL of the epoch file), title (for progress lines), evaluate ("last", "every" or "never").
+    cursor (URL of the epoch file), title (for progress lines), evaluate ("last", "every" or "never"), teacher (see
+    training.distillation; None without).
     The checkpoint holds model.pt and, after an evaluation, predictions_<rank>.parquet with row, label, lp_<class>.
     """
     config = TrainingConfig.model_validate(settings["config"])
@@ -48,9 +51,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
 
-    scorer = create_scorer(
-        config.model.backbone, task.num_classes, config.model.weights, config.model.dropout, config.model.frozen_blocks
-    ).to(memory_format=torch.channels_last)
+    scorer = create_network(config, task).to(memory_format=torch.channels_last)
     model = ray.train.torch.prepare_model(scorer)
     unwrapped = model.module if hasattr(model, "module") else model
     average = ExponentialMovingAverage(unwrapped, config.optimizer.ema_decay)
@@ -68,6 +69,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     augment = None
     if config.augmentation.place == "device" and config.augmentation.recipe != "none":
         augment = DeviceAugmentation(config.augmentation, config.model.input_size, device, config.seed, rank)
+    teacher = None if settings["teacher"] is None else Teacher(settings["teacher"], task, device)
+    objective = build_objective(config, task, teacher, device)
     cursor = EpochCursor(settings["cursor"])
     progress = _Progress(settings["title"], config.optimizer.epochs, steps_per_epoch) if rank == 0 else None
     if progress and first_epoch:
@@ -94,7 +97,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             scheduler,
             average,
             unwrapped,
-            config.optimizer.label_smoothing,
+            objective,
             progress.step(epoch) if progress else None,
         )
         metrics |= {

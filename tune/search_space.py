@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 
 
@@ -133,8 +134,8 @@ def trial_config(base: TrainingConfig, space: SearchSpace, sample: dict[str, Any
     return with_overrides(base, overrides)
 
 
-def check_space(space: SearchSpace, base: TrainingConfig) -> None:
-    """Tries both ends or every choice of each field, and of every pair of fields, against the base config.
+def check_space(space: SearchSpace, base: TrainingConfig, task: TaskSpec) -> None:
+    """Tries both ends or every choice of each field, and of every pair, against the base config and the task.
 
     Raises:
         ValueError: naming the field and what is wrong with it.
@@ -142,7 +143,7 @@ def check_space(space: SearchSpace, base: TrainingConfig) -> None:
     setters: dict[str, str] = {}
     for dotted, distribution in space.items():
         for value in distribution.ends:
-            with_overrides(base, {dotted: value})
+            with_overrides(base, {dotted: value}).check_task(task)
             for field in _leaves(dotted, value):
                 if setters.setdefault(field, dotted) != dotted:
                     raise ValueError(f"search space fields {setters[field]!r} and {dotted!r} both set {field!r}")
@@ -151,18 +152,12 @@ def check_space(space: SearchSpace, base: TrainingConfig) -> None:
             with_overrides(base, dict(zip((first, second), pair, strict=True)))
 
 
-def networks(space: SearchSpace, base: TrainingConfig) -> list[tuple[str, str]]:
-    """Every (backbone, weights) that a trial can draw."""
-    named = {}
-    for dotted, distribution in space.items():
-        fields = {field for value in distribution.ends for field in _leaves(dotted, value)}
-        if fields & {"model.backbone", "model.weights"}:
-            named[dotted] = distribution.ends
-    found = set()
-    for values in itertools.product(*named.values()):
-        model = with_overrides(base, dict(zip(named, values, strict=True))).model
-        found.add((model.backbone, model.weights))
-    return sorted(found)
+def networks(space: SearchSpace, base: TrainingConfig) -> list[TrainingConfig]:
+    """The base config with every network that a trial can draw: each combination of what touches `model`."""
+    named = {dotted: drawn.ends for dotted, drawn in space.items() if dotted.split(".")[0] == "model"}
+    return [
+        with_overrides(base, dict(zip(named, values, strict=True))) for values in itertools.product(*named.values())
+    ]
 
 
 def to_ray(space: SearchSpace) -> dict[str, Any]:
