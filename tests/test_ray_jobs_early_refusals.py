@@ -25,7 +25,7 @@ def test_a_users_mistake_is_found_before_anything_starts(
     def no_cluster():
         raise AssertionError("a cluster was asked for")
 
-    lesions = pd.DataFrame({"id": ["I0", "I1"], "fold": [0, 1], "label": [0, 1]})
+    lesions = pd.DataFrame({"id": ["I0", "I1", "I2"], "fold": [0, 1, -1], "label": [0, 1, 0]})
     version = DatasetVersion(tmp_path, many_classes, "a" * 64, "images.hdf5", lesions, 2)
     for module in (train_model, search_hyperparameters):
         monkeypatch.setattr(module, "open_dataset", lambda location: version)
