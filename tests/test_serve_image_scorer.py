@@ -7,7 +7,7 @@ import pytest
 
 from modeling.bundle import load_bundle
 from serve.image_scorer import ImageScorerLogic
-from tests.bundle_factory import served_bundle
+from tests.bundle_factory import lesion_rule, served_bundle
 from tests.tiny_bundle import SIZE, expected_outputs
 
 
@@ -29,6 +29,18 @@ def test_scores_are_log_probabilities_and_do_not_depend_on_the_batch(reference):
     one = ImageScorerLogic(reference, max_batch_size=1).score(images[3:4])
     assert np.allclose(one.log_probabilities, scores[3:4].log_probabilities, atol=1e-6)
     assert one.digest == reference.sha256
+
+
+def test_every_row_keeps_its_own_distance_and_a_bundle_without_a_rule_has_none(reference, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    assert ImageScorerLogic(reference, max_batch_size=2).score(images)[1:2].distances is None
+    rule = lesion_rule()
+    scores = ImageScorerLogic(served_bundle(tmp_path / "bundle", abstention=rule), max_batch_size=2).score(images)
+    # Rounding counts in directions that the tiny network never uses, hence the tolerance.
+    assert np.allclose(scores.distances, rule.distance(expected_outputs(images)[1]), atol=0.05)
+    assert np.unique(scores.distances).size == 5
+    for row in range(5):
+        assert scores[row : row + 1].distances.tolist() == [scores.distances[row]]
 
 
 def test_extreme_logits_stay_finite(tmp_path):
