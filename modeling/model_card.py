@@ -182,6 +182,7 @@ def render_model_card(
     manifest_fields: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
     clinical: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
     institutions: Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] = (),
     abstention: Mapping[str, Any] | None = None,

@@ -205,6 +205,8 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            value = {str(position): entry for position, entry in enumerate(value)}
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 

@@ -57,7 +57,7 @@ class Fitted:
             },
             {context: report["gate"] for context, report in self.evaluation.items()},
             {context: report["clinical"] for context, report in self.evaluation.items()},
-            self.notes,
+            notes=self.notes,
         )
         assert all(f"- {note}" in self.card and f"note: {note}" in self.said for note in self.notes)
 
@@ -84,7 +84,7 @@ def test_a_fold_without_positives_has_null_metrics_and_the_others_are_unharmed(f
     gate, first, empty, last = fitted.aucs()
     assert empty is None and min(gate, first, last) > 0.65
     assert fitted.evaluation["patient"]["per_fold"][1]["sensitivity"] is None
-    assert fitted.evaluation["patient"]["out_of_fold"]["auc"]["value"] > 0.7
+    assert fitted.evaluation["patient"]["out_of_fold"]["auc"]["value"] > 0.65
     assert fitted.notes == ["Fold 1 (90 lesions) holds no malignant lesion: its AUC and pAUC are null."]
 
 

@@ -86,7 +86,8 @@ def build_bundle(
     clinical = {context: report["clinical"] for context, report in results.evaluation.items()}
     notes = [note for report in results.evaluation.values() for note in report["notes"]]
     abstention = None if results.ood is None else results.ood.measured
-    card = render_model_card(fields, gate, clinical, results.comparison["institutions"], notes, abstention)
+    institutions = results.comparison["institutions"]
+    card = render_model_card(fields, gate, clinical, institutions=institutions, notes=notes, abstention=abstention)
     (directory / "model_card.md").write_text(card, encoding="utf-8")
     return write_manifest(directory, fields), results
 
