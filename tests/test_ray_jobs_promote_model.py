@@ -81,9 +81,7 @@ def register(registry, bundle):
 def test_export_promote_and_roll_back(registry, bundles, promote, export, store, paths):
     first = register(registry, bundles["good"])
     exported = export()
-    # On a busy machine the batch sizes' winners may differ; then the choice is by batch size.
-    names = exported["choice"].values() if isinstance(exported["choice"], dict) else [exported["choice"]]
-    assert exported["model_version"] == "1" and all(name.startswith("onnxruntime-cpu-") for name in names)
+    assert exported["model_version"] == "1" and exported["choice"].startswith("onnxruntime-cpu-")
     assert find_engine_set(paths["engine_sets"], bundles["good"].digest).passed
     kept = registry.client.list_artifacts(first.run_id, "engine_sets")
     assert [os.path.basename(item.path) for item in kept] == [os.path.basename(exported["engine_set"])]
