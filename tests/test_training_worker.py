@@ -95,7 +95,7 @@ def train(tmp_path, monkeypatch):
                 }
             )
             settings = {"config": config.model_dump(), "task": TASK.model_dump(), "epoch_rows": ROWS}
-            settings |= {"cursor": cursor, "title": "test", "evaluate": "last"}
+            settings |= {"cursor": cursor, "title": "test", "evaluate": "last", "teacher": None}
             if killed_in is not None:
                 with pytest.raises(Killed):
                     worker.train_loop_per_worker(settings)
