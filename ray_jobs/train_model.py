@@ -103,7 +103,8 @@ def write_report(folder: Path, bundle: Path, version: DatasetVersion, results: C
     has_image = version.images_path is not None
     clinical = {context: report["clinical"] for context, report in evaluation.items()}
     if results.ood is not None and results.ood.examples:
-        plot_abstention(folder / "abstention.png", results.ood, title)
+        # Beside the report: it shows spoilt pictures of patients, which stay in house.
+        plot_abstention(folder.parent / "abstention.png", results.ood, title)
     plot_evaluation(folder / "evaluation.png", malignant, risks, title, has_image)
     plot_clinical(folder / "clinical.png", malignant, risks, clinical, version.task.classes, title, has_image)
 
