@@ -37,7 +37,7 @@ class BoosterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    num_bags: int = Field(default=3, ge=1, description="boosters of this kind, averaged over seeds")
+    num_bags: int = Field(default=2, ge=1, description="boosters of this kind, averaged over seeds")
     relative: bool = Field(default=True, description="read the patient-relative features, in the context that has them")
     learning_rate: float = Field(default=0.08, gt=0, le=1)
     num_leaves: int = Field(default=8, ge=2)
@@ -54,9 +54,15 @@ class BoosterConfig(BaseModel):
         return self.model_dump(exclude={"num_bags", "relative"}) | other
 
 
-# Averages of unlike trees rank better than those of like ones: see docs/results.md.
 SMALL_TREES = BoosterConfig()
-LARGE_TREES = BoosterConfig(relative=False, num_leaves=31, lambda_l2=0.0, feature_fraction=1.0)
+LARGE_TREES = BoosterConfig(num_leaves=31, lambda_l2=0.0)
+# Averages of unlike trees rank better than those of like ones: see docs/results.md. "Own" ones read no other lesion.
+UNLIKE_TREES = (
+    SMALL_TREES,
+    SMALL_TREES.model_copy(update={"relative": False}),
+    LARGE_TREES,
+    LARGE_TREES.model_copy(update={"relative": False, "feature_fraction": 1.0}),
+)
 
 
 class FusionConfig(BaseModel):
@@ -64,7 +70,7 @@ class FusionConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    boosters: tuple[BoosterConfig, ...] = Field(default=(SMALL_TREES, LARGE_TREES), min_length=1)
+    boosters: tuple[BoosterConfig, ...] = Field(default=UNLIKE_TREES, min_length=1)
     num_boost_round: int = Field(default=300, ge=0, description="most rounds; the best number is chosen out of fold")
     num_threads: int = Field(default=0, ge=0, description="while training; 0: all cores, but one for few rows")
     masked_rows: float = Field(default=0.1, ge=0, le=1, description="share of rows trained with metadata left out")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modeling.calibration import log_softmax
-from modeling.metadata_fusion import LARGE_TREES, BoosterConfig, ContextModel, FusionConfig, fit_context_model
+from modeling.metadata_fusion import UNLIKE_TREES, BoosterConfig, ContextModel, FusionConfig, fit_context_model
 from modeling.metrics import calibration_slope_intercept, roc_auc
 from modeling.schema import ColumnSpec, TaskSpec
 
@@ -30,7 +30,7 @@ SEVEN = TaskSpec(
     columns={"age": ColumnSpec(), "site": ColumnSpec(kind="categorical")},
 )
 QUICK = FusionConfig(
-    boosters=(BoosterConfig(num_bags=1), LARGE_TREES.model_copy(update={"num_bags": 1})), num_boost_round=60
+    boosters=tuple(UNLIKE_TREES[kind].model_copy(update={"num_bags": 1}) for kind in (0, 3)), num_boost_round=60
 )
 BALANCED = [0.5, 0.5]
 

@@ -117,7 +117,7 @@ def test_the_run_records_code_config_data_and_environment(home, prepared, traine
     params = run.data.params
     assert params["dataset"] == prepared["digest"] and params["git_commit"] == train_model.git_commit() != "unknown"
     assert (params["seed"], params["build.num_bootstrap"]) == ("0", "50")
-    assert [params[f"build.fusion.boosters.{kind}.num_leaves"] for kind in (0, 1)] == ["8", "31"]
+    assert [params[f"build.fusion.boosters.{kind}.num_leaves"] for kind in range(4)] == ["8", "8", "31", "31"]
     report = {item.path for item in registered.client.list_artifacts(run.info.run_id, "report")}
     assert {"report/environment.json", "report/out_of_fold.parquet", "report/evaluation.json"} <= report
     environment = json.loads((home / "runs" / "tabular" / "report" / "environment.json").read_text())
