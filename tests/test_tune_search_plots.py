@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from tune import search_plots
+from tune import search_importance
+from tune.search_importance import importances
 from tune.search_ledger import SearchLedger
-from tune.search_plots import importances, trials_table, write_search_report
+from tune.search_plots import trials_table, write_search_report
 from tune.search_space import Choice, Integer, SearchSpace
 
 SPACE = TypeAdapter(SearchSpace).validate_python(
@@ -48,7 +49,7 @@ def searched(num_trials, fields=tuple(SPACE)):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(search_plots, "NUM_RESAMPLES", 1)
+    monkeypatch.setattr(search_importance, "NUM_RESAMPLES", 1)
 
 
 def test_the_report_of_a_search_is_complete(tmp_path):

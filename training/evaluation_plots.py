@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from training.figures import headless_pyplot
+
 MIN_TPR = 0.8
 MAX_SUBGROUPS, MAX_LABEL = 36, 40
 
@@ -34,10 +36,7 @@ def plot_evaluation(
         has_image: whether the model sees pictures, for the legend.
         risks: context -> calibrated P(malignant) float (N,).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = headless_pyplot()
     from sklearn.metrics import roc_curve
 
     names = _names(has_image)
@@ -92,10 +91,7 @@ def plot_clinical(
         risks: context -> calibrated P(malignant) float (N,).
         clinical: context -> report of `training.clinical_report`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = headless_pyplot()
     from sklearn.metrics import precision_recall_curve
 
     names, last = _names(has_image), list(clinical)[-1]

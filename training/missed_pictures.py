@@ -10,6 +10,7 @@ import pandas as pd
 from data_pipelines.image_dataset import DatasetVersion
 from data_pipelines.image_reader import ImageReader
 from modeling.preprocessing import decode_image
+from training.figures import headless_pyplot
 
 MAX_PICTURES, COLUMNS = 48, 8
 
@@ -33,11 +34,7 @@ def plot_missed(path: Path, version: DatasetVersion, missed: pd.DataFrame, thres
         encoded = reader.read_many(rows.index.to_numpy(), rows["offset"].to_numpy(), rows["size"].to_numpy())
     pictures = [decode_image(_data(value)) for value in encoded]
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     lines = max(1, -(-len(shown) // COLUMNS))
     figure, axes = pyplot.subplots(
         lines, COLUMNS, figsize=(1.9 * COLUMNS, 2.3 * lines + 0.7), squeeze=False, layout="constrained"

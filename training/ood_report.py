@@ -16,6 +16,7 @@ from data_pipelines.image_reader import ImageReader
 from modeling.abstention import AbstentionRule
 from modeling.image_limits import Refusal
 from modeling.preprocessing import decode_image, image_quality, resize
+from training.figures import headless_pyplot
 from training.ood_pictures import CORRUPTIONS, NON_LESIONS, Kind
 
 Embed = Callable[[np.ndarray], np.ndarray]
@@ -118,11 +119,7 @@ def _reasons(found: Sequence[Sequence[Refusal]]) -> dict[str, int]:
 
 def plot_abstention(path: Path, report: OodReport, title: str) -> None:
     """A contact sheet: a picture of every kind, with the share refused; held-out kinds in italics."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     rows = report.measured["kinds"]
     height = -(-len(rows) // _COLUMNS)
     figure, axes = pyplot.subplots(

@@ -187,3 +187,9 @@ def search_line(ledger: SearchLedger) -> str:
         return text
     folds = f"{len(best.folds)} fold" + ("s" if len(best.folds) > 1 else "")
     return f"{text}; best is trial {best.number}: mean pAUC {best.score:.4f} of {folds} ({shown_params(best.params)})"
+
+
+def outcomes_line(ledger: SearchLedger) -> str:
+    """How many trials ended how."""
+    counts = [f"{ledger.count(state)} {state}" for state in ("finished", "pruned", "failed") if ledger.count(state)]
+    return f"{len(ledger.trials)} trials: {', '.join(counts)}"
