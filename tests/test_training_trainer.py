@@ -6,15 +6,12 @@ import signal
 import threading
 import time
 
-import cv2
-import h5py
 import numpy as np
 import pytest
 
 from data_pipelines.augmentation import AugmentationConfig
-from data_pipelines.dataset_version import SplitSettings, prepare_version
 from data_pipelines.image_dataset import open_dataset
-from modeling.schema import TaskSpec
+from tests.dark_spots import prepare_dark_spots
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
 
@@ -23,37 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def version(tmp_path_factory):
-    """120 pictures of 40 patients: dark is malignant. A network sees it in a few steps."""
-    folder = tmp_path_factory.mktemp("lesions")
-    generator = np.random.default_rng(0)
-    lines = ["isic_id,patient_id,target"]
-    with h5py.File(folder / "images.hdf5", "w") as file:
-        for number in range(120):
-            malignant = number % 4 == 0
-            level = generator.normal(70 if malignant else 170, 12)
-            pixels = np.clip(generator.normal(level, 25, (64, 64, 3)), 0, 255).astype(np.uint8)
-            file[f"ISIC_{number:04d}"] = np.bytes_(cv2.imencode(".jpg", pixels)[1].tobytes())
-            lines.append(f"ISIC_{number:04d},IP_{number // 3:03d},{int(malignant)}")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    task = TaskSpec(
-        name="dark-spots",
-        fold_group="patient_id",
-        context_group="patient_id",
-        label_column="target",
-        label_values=["0", "1"],
-        classes=["benign", "malignant"],
-        malignant=["malignant"],
-    )
-    result = prepare_version(
-        str(folder / "images.hdf5"),
-        str(folder / "metadata.csv"),
-        str(folder / "out"),
-        task,
-        SplitSettings(num_folds=2, gate_fraction=0.2, seed=0),
-        True,
-        lambda line: None,
-    )
-    return open_dataset(result["dataset"])
+    return open_dataset(prepare_dark_spots(tmp_path_factory.mktemp("lesions"), 120, 3, num_folds=2))
 
 
 def config(epochs, epoch_rows, workers=1):

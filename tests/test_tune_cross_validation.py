@@ -7,14 +7,10 @@ import subprocess
 import sys
 import time
 
-import cv2
-import h5py
-import numpy as np
 import pytest
 
-from data_pipelines.dataset_version import SplitSettings, prepare_version
 from modeling.registry import Registry
-from modeling.schema import TaskSpec
+from tests.dark_spots import prepare_dark_spots
 from tests.house import REPO_ROOT
 from tune.cross_validation import trials_that_fit
 
@@ -59,35 +55,7 @@ def test_only_as_many_trials_as_leave_room_to_read():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """48 pictures of 24 patients in three folds."""
-    folder = tmp_path_factory.mktemp("lesions")
-    generator = np.random.default_rng(0)
-    lines = ["isic_id,patient_id,target"]
-    with h5py.File(folder / "images.hdf5", "w") as file:
-        for number in range(48):
-            pixels = generator.integers(0, 255, (40, 40, 3), np.uint8)
-            file[f"ISIC_{number:04d}"] = np.bytes_(cv2.imencode(".jpg", pixels)[1].tobytes())
-            lines.append(f"ISIC_{number:04d},IP_{number // 2:03d},{int(number % 4 == 0)}")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    task = TaskSpec(
-        name="noise",
-        fold_group="patient_id",
-        context_group="patient_id",
-        label_column="target",
-        label_values=["0", "1"],
-        classes=["benign", "malignant"],
-        malignant=["malignant"],
-    )
-    result = prepare_version(
-        str(folder / "images.hdf5"),
-        str(folder / "metadata.csv"),
-        str(folder / "out"),
-        task,
-        SplitSettings(num_folds=3, gate_fraction=0.2, seed=0),
-        True,
-        lambda line: None,
-    )
-    return result["dataset"]
+    return prepare_dark_spots(tmp_path_factory.mktemp("lesions"), 48, 2, num_folds=3)
 
 
 class Driver:
