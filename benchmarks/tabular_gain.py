@@ -24,7 +24,8 @@ from data_pipelines.metadata_table import read_metadata
 from data_pipelines.stratified_folds import assign_folds
 from data_pipelines.table_scoring import metadata_arrays
 from modeling.metadata_fusion import FusionConfig, fit_context_model
-from modeling.metrics import clustered_bootstrap, partial_auc_above_tpr, resampled_areas, risk, roc_auc
+from modeling.metrics import partial_auc_above_tpr, resampled_areas, risk, roc_auc
+from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
 from ray_jobs.job import REPO_ROOT, read_yaml
 

@@ -217,6 +217,14 @@ def _folds(
     else:
         folds, names = folds_by_value(table[split.fold_by], groups, split.gate_fraction, split.fold_by)
     check_groups(folds, groups, names)
+    named = table["context"].to_numpy(str) != ""
+    try:
+        check_groups(folds[named], table.loc[named, "context"].to_numpy(str), names)
+    except ValueError as error:
+        # A lesion is compared with its patient's others: held out lesions would reach training by it.
+        raise ValueError(
+            f"task.context_group = {task.context_group!r}: {error}; give it as task.fold_group too"
+        ) from error
     gate = labels[folds == GATE_FOLD]
     absent = [name for index, name in enumerate(task.classes) if not (gate == index).any()]
     if split.gate_fraction > 0 and absent:

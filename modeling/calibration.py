@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from modeling.patient_relative import group_codes
+
 # sigmoid(16) rounds to 1 - 1e-7: beyond it a probability carries no information, only the risk of an infinite loss.
 _LOGIT_LIMIT = 16.0
 # Calibration never turns a ranking around: an uninformative score gets a flat risk, not an inverted one.
@@ -238,10 +240,11 @@ def calibrator_from_json(data: dict[str, Any]) -> Calibrator:
 class OperatingPoint(BaseModel):
     """A sensitivity reached on the calibration rows, the risk threshold that reaches it and its specificity there.
 
-    `sensitivity_low`: with 95 % confidence the sensitivity on new lesions is above it, if they are like these and
-    independent (patients make them less so). The threshold being the k'th highest of n malignant risks, the sensitivity
-    it has is distributed as Beta(k, n - k + 1) whatever the risks are; this is its 5 % quantile, which is also Clopper
-    and Pearson's bound. None in models of before.
+    `sensitivity_low`: with 95 % confidence the sensitivity on new lesions is above it, if they are like these. The
+    threshold being the k'th highest of n independent malignant risks, the sensitivity it has is distributed as
+    Beta(k, n - k + 1) whatever the risks are; this is its 5 % quantile, which is also Clopper and Pearson's bound.
+    Cancers of one patient are not independent: n is the number of patients (groups) with one and k their share, as if
+    each had one cancer. None in models of before.
     """
 
     sensitivity: float
@@ -276,7 +279,11 @@ class Thresholds(BaseModel):
 
 
 def choose_thresholds(
-    labels: np.ndarray, risk: np.ndarray, sensitivities: Sequence[float], operating: float
+    labels: np.ndarray,
+    risk: np.ndarray,
+    sensitivities: Sequence[float],
+    operating: float,
+    groups: Sequence | None = None,
 ) -> Thresholds:
     """The highest threshold that still reaches each sensitivity on these rows.
 
@@ -285,6 +292,7 @@ def choose_thresholds(
         risk: calibrated risk (N,), out of fold.
         sensitivities: in (0, 1]; 0.80 and 0.95, which bound the bands, are always added.
         operating: the sensitivity to work at.
+        groups: (N,), which lesions are not independent; None = all are.
 
     Raises:
         ValueError: no malignant or no benign row, or a sensitivity out of range.
@@ -297,6 +305,9 @@ def choose_thresholds(
     from scipy.stats import beta
 
     positives = np.sort(risk[labels])[::-1]
+    independent = len(positives)
+    if groups is not None:
+        independent = len(np.unique(group_codes(groups)[labels]))
     points = []
     for sensitivity in sorted({*sensitivities, operating, _LOW_BAND_SENSITIVITY, _HIGH_BAND_SENSITIVITY}):
         if not 0 < sensitivity <= 1:
@@ -305,7 +316,8 @@ def choose_thresholds(
         rank = max(int(np.ceil(sensitivity * len(positives) - 1e-9)), 1)
         threshold = float(positives[rank - 1])
         specificity = float(np.mean(risk[~labels] < threshold))
-        low = float(beta.ppf(0.05, rank, len(positives) - rank + 1))
+        reached = rank / len(positives) * independent
+        low = float(beta.ppf(0.05, reached, independent - reached + 1))
         point = OperatingPoint(
             sensitivity=sensitivity, threshold=threshold, specificity=specificity, sensitivity_low=low
         )

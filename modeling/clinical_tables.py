@@ -15,6 +15,8 @@ from modeling.patient_relative import group_codes, is_missing
 
 # Threshold probabilities of a decision curve: one biopsy in 1,000 to one in 20 finding a cancer is worth it.
 NET_BENEFIT_THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
+# Where more lesions than that are malignant, as in a clinic's, all of the above are near treating every lesion.
+HIGH_THRESHOLDS = (0.1, 0.2, 0.3, 0.5)
 # A sensitivity of fewer cancers, or a specificity of fewer benign lesions, says more about the draw than the subgroup.
 MIN_SUBGROUP = 10
 AGE_EDGES = (30, 45, 60, 75)
@@ -24,7 +26,7 @@ ITA_NAMES = ("dark", "brown", "tan", "intermediate", "light", "very light")
 
 
 def net_benefit(
-    malignant: np.ndarray, risks: np.ndarray, thresholds: Sequence[float] = NET_BENEFIT_THRESHOLDS
+    malignant: np.ndarray, risks: np.ndarray, thresholds: Sequence[float] | None = None
 ) -> list[dict[str, float]]:
     """Decision-curve analysis (Vickers & Elkin 2006): true positives per lesion less false positives, weighted by the
     odds of the threshold, for the model and for treating every lesion; treating none is 0.
@@ -32,9 +34,12 @@ def net_benefit(
     Args:
         malignant: bool (N,).
         risks: calibrated P(malignant) float (N,).
-        thresholds: in (0, 1): the risk from which one would act.
+        thresholds: in (0, 1): the risk from which one would act; None = NET_BENEFIT_THRESHOLDS, and HIGH_THRESHOLDS
+            where the share of malignant lesions is above all of those.
     """
     share = float(np.mean(malignant))
+    if thresholds is None:
+        thresholds = NET_BENEFIT_THRESHOLDS + (HIGH_THRESHOLDS if share > NET_BENEFIT_THRESHOLDS[-1] else ())
     rows = []
     for threshold in thresholds:
         acted = risks >= threshold

@@ -20,6 +20,7 @@ from modeling.calibration import CALIBRATORS, ClassScaling, choose_thresholds, l
 from modeling.conformal import ConformalSets
 from modeling.context_model import ContextModel, checked_image, image_margins, to_probabilities
 from modeling.metadata_features import FeatureSpec
+from modeling.patient_relative import group_codes
 from modeling.residual_boosting import MANY_ROWS, finish, grow, leave_out_at_random, raw_scores, start_booster
 from modeling.schema import Context, TaskSpec
 
@@ -118,6 +119,8 @@ def fit_context_model(
     labels, folds = np.asarray(labels, dtype=np.int64), np.asarray(folds, dtype=np.int64)
     columns = {} if columns is None else columns
     _check_rows(labels, folds, task)
+    if context == "patient":
+        _check_patients(groups, folds)
     image = checked_image(image_log_probabilities, task.num_classes, needed=image_log_probabilities is not None)
     row_prior = np.bincount(labels, minlength=task.num_classes) / len(labels)
     sampling = _checked_prior("sampling_prior", sampling_prior, task)
@@ -180,7 +183,7 @@ def fit_context_model(
         malignant_mask=task.malignant_mask,
         scaling=scaling,
         calibrator=calibrator,
-        thresholds=choose_thresholds(malignant, risk, config.sensitivities, config.operating_sensitivity),
+        thresholds=choose_thresholds(malignant, risk, config.sensitivities, config.operating_sensitivity, groups),
         sets=ConformalSets.fit(calibrated, labels, config.conformal_error),
         row_prior=row_prior,
         population_prior=population,
@@ -206,6 +209,18 @@ def _check_rows(labels: np.ndarray, folds: np.ndarray, task: TaskSpec) -> None:
     malignant = int(task.malignant_mask[labels].sum())
     if malignant in (0, len(labels)):
         raise ValueError(f"{malignant} of {len(labels)} lesions are malignant; fusion needs malignant and benign ones")
+
+
+def _check_patients(groups: Sequence | None, folds: np.ndarray) -> None:
+    codes = group_codes(groups if groups is not None else [None] * len(folds))
+    first = np.zeros(int(codes.max()) + 1, dtype=folds.dtype)
+    first[codes[::-1]] = folds[::-1]
+    apart = np.flatnonzero(first[codes] != folds)
+    if len(apart):
+        raise ValueError(
+            f"groups: {str(groups[apart[0]])!r} has lesions in folds {first[codes[apart[0]]]} and {folds[apart[0]]}; "
+            "expected a patient's lesions in one fold"
+        )
 
 
 def _choose_rounds(

@@ -1,7 +1,6 @@
-"""Detection metrics: partial AUC above a sensitivity, calibration error, patient-clustered intervals.
+"""Detection metrics: partial AUC above a sensitivity, calibration error, and the report of one model on one split.
 
-Lesions of one patient are not independent, so intervals resample whole groups. A metric whose class is absent is NaN
-(None in the report), never an exception and never a made-up number.
+A metric whose class is absent is NaN (None in the report), never an exception and never a made-up number.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from modeling.patient_relative import group_codes
+from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
 
 _PROBABILITY_FLOOR = 1e-7
-# Below this share of resamples with a defined value, an interval would describe the lucky ones only.
-_MIN_DEFINED_RESAMPLES = 0.5
 
 
 def _binary_inputs(labels: Sequence, scores: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -182,44 +179,6 @@ def _logistic_newton(design: np.ndarray, labels: np.ndarray, offset: np.ndarray)
     return coefficients
 
 
-def clustered_bootstrap(
-    statistic: Callable[[np.ndarray], float | np.ndarray], groups: Sequence, num_samples: int = 1000, seed: int = 0
-) -> tuple[Any, Any]:
-    """95 % percentile interval of a statistic over resampled groups (patients or lesions).
-
-    Args:
-        statistic: called with the row indices (M,) of one resample, in row order with repeats; returns a number or a
-            vector of several statistics; NaN = undefined in this resample.
-        groups: group id of every row (N,); rows of a group are drawn together, rows without an id on their own.
-        num_samples: resamples; 0 gives an undefined interval.
-        seed: of the resampling.
-
-    Returns:
-        (low, high), floats, or vectors where the statistic returns vectors. NaN where more than half of the resamples
-        were undefined (a handful of positives), since the rest would understate the spread.
-    """
-    codes = group_codes(groups)
-    num_groups = int(codes.max()) + 1 if len(codes) else 0
-    if num_samples == 0 or num_groups == 0:
-        undefined = np.full(np.shape(statistic(np.arange(len(codes)))), np.nan)
-        return undefined[()], undefined[()]
-    rng = np.random.default_rng(seed)
-    rows = np.arange(len(codes))
-    values = np.array(
-        [
-            statistic(
-                np.repeat(rows, np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)[codes])
-            )
-            for _ in range(num_samples)
-        ],
-        dtype=np.float64,
-    )
-    defined = np.mean(~np.isnan(values), axis=0) >= _MIN_DEFINED_RESAMPLES
-    quantiles = np.full((2, *values.shape[1:]), np.nan)
-    quantiles[:, defined] = np.nanpercentile(values[:, defined], [2.5, 97.5], axis=0)
-    return quantiles[0][()], quantiles[1][()]
-
-
 def risk(probabilities: np.ndarray, task: TaskSpec) -> np.ndarray:
     """P(malignant) (N,): the sum of the malignant columns of class probabilities (N, K)."""
     return np.asarray(probabilities, dtype=np.float64)[:, task.malignant_mask].sum(axis=1)
@@ -232,6 +191,14 @@ def predicted_classes(probabilities: np.ndarray, task: TaskSpec, threshold: floa
         positive = int(np.flatnonzero(task.malignant_mask)[0])
         return np.where(risk(probabilities, task) >= threshold, positive, 1 - positive)
     return np.asarray(probabilities).argmax(axis=1)
+
+
+# The first _NUM_WHOLE are {value, low, high} in a report; the bounds of the others stand under "intervals".
+_RESAMPLED = (
+    *("auc", "pauc", "balanced_accuracy", "balanced_accuracy_equal_priors"),
+    *("accuracy", "sensitivity", "specificity"),
+)
+_NUM_WHOLE = 4
 
 
 def _number(value: float) -> float | None:
@@ -261,8 +228,9 @@ def evaluate(
     Returns:
         n, n_malignant; auc, pauc (above 80 % sensitivity), balanced_accuracy and balanced_accuracy_equal_priors as
         {value, low, high}; accuracy, macro_f1, sensitivity, specificity, ece, calibration_slope,
-        calibration_intercept; recalls {class: recall}. Under equal priors the predicted class is the one that stands
-        out most against its mean probability: what a model gets that was never calibrated to class frequencies.
+        calibration_intercept; intervals {accuracy, sensitivity, specificity: {low, high}}; recalls {class: recall}.
+        Under equal priors the predicted class is the one that stands out most against its mean probability: what a
+        model gets that was never calibrated to class frequencies. Bounds are None where `clustered_bootstrap` has none.
     """
     labels, probabilities = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
     if probabilities.shape != (len(labels), task.num_classes):
@@ -281,23 +249,25 @@ def evaluate(
 
     def statistics(rows: np.ndarray) -> np.ndarray:
         accuracies = [balanced_accuracy(labels[rows], classes[rows]) for classes in (predicted, relative)]
-        return np.array([*areas(rows), *accuracies])
+        rates = (float("nan"), float("nan"))
+        if threshold is not None:
+            rates = sensitivity_specificity(malignant[rows], risks[rows], threshold)
+        accuracy = np.mean(labels[rows] == predicted[rows]) if len(rows) else float("nan")
+        return np.array([*areas(rows), *accuracies, accuracy, *rates])
 
     point = statistics(np.arange(len(labels)))
     clusters = np.arange(len(labels)) if groups is None else groups
-    low, high = clustered_bootstrap(statistics, clusters, num_bootstrap, seed)
-    sensitivity, specificity = float("nan"), float("nan")
-    if threshold is not None:
-        sensitivity, specificity = sensitivity_specificity(malignant, risks, threshold)
+    low, high = clustered_bootstrap(statistics, clusters, num_bootstrap, seed, malignant)
     slope, intercept = calibration_slope_intercept(malignant, risks)
-    report: dict[str, Any] = {"n": len(labels), "n_malignant": int(malignant.sum())}
-    for index, name in enumerate(("auc", "pauc", "balanced_accuracy", "balanced_accuracy_equal_priors")):
-        report[name] = {"value": _number(point[index]), "low": _number(low[index]), "high": _number(high[index])}
+    report: dict[str, Any] = {"n": len(labels), "n_malignant": int(malignant.sum()), "intervals": {}}
+    for index, name in enumerate(_RESAMPLED):
+        bounds = {"low": _number(low[index]), "high": _number(high[index])}
+        if index < _NUM_WHOLE:
+            report[name] = {"value": _number(point[index]), **bounds}
+        else:
+            report[name], report["intervals"][name] = _number(point[index]), bounds
     return report | {
-        "accuracy": _number(np.mean(labels == predicted)) if len(labels) else None,
         "macro_f1": _number(macro_f1(labels, predicted)),
-        "sensitivity": _number(sensitivity),
-        "specificity": _number(specificity),
         "ece": _number(adaptive_ece(malignant, risks)),
         "calibration_slope": _number(slope),
         "calibration_intercept": _number(intercept),

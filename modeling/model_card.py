@@ -27,6 +27,7 @@ _NUMBERS = {
     "calibration_slope": "calibration slope (ideal 1)",
     "calibration_intercept": "calibration intercept (ideal 0)",
 }
+_ENDS = (("value", ""), ("low", "_low"), ("high", "_high"))
 _UNUSABLE = {"non_lesion": "no lesion", "corrupted_lesion": "spoilt lesions"}
 # Under this many cancers an interval is wider than any difference between two useful models.
 _FEW_MALIGNANT = 30
@@ -59,7 +60,10 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]], contexts: list[str]) 
         + [f"{metrics[context].get('n')} ({metrics[context].get('n_malignant')})" for context in contexts]
     ]
     rows += [[title] + [_interval(metrics[c].get(key)) for c in contexts] for key, title in _INTERVALS.items()]
-    rows += [[title] + [_number(metrics[c].get(key)) for c in contexts] for key, title in _NUMBERS.items()]
+    for key, title in _NUMBERS.items():
+        bounds = [metrics[context].get("intervals", {}).get(key, {}) for context in contexts]
+        values = [{"value": metrics[context].get(key)} for context in contexts]
+        rows.append([title, *(_interval(value | bound) for value, bound in zip(values, bounds, strict=True))])
     classes = list(dict.fromkeys(name for c in contexts for name in metrics[c].get("recalls", {})))
     rows += [
         [f"recall of {name}"] + [_number(metrics[c].get("recalls", {}).get(name)) for c in contexts] for name in classes
@@ -85,8 +89,10 @@ def _clinical_lines(clinical: Mapping[str, Mapping[str, Any]], context: str) -> 
             f"{point['sensitivity']:.2f}",
             f"{point['threshold']:.4g}",
             _number(point["sensitivity_low"]),
-            _number(point["measured_sensitivity"]),
-            _number(point["measured_specificity"]),
+            *(
+                _interval({end: point.get(f"measured_{name}{tail}") for end, tail in _ENDS})
+                for name in ("sensitivity", "specificity")
+            ),
             "none found" if point["needed_to_triage"] is None else f"{point['needed_to_triage']:.1f}",
         ]
         for point in report["operating_points"]
@@ -101,8 +107,9 @@ def _clinical_lines(clinical: Mapping[str, Mapping[str, Any]], context: str) -> 
     ]
     lines = [f"### Operating points of `{context}`", "", *_table(header, points), ""]
     lines += [
-        "Thresholds and lower bounds come from out-of-fold predictions, the other columns from the gate split. The "
-        "last one: how many lesions are looked at for every cancer found.",
+        "Thresholds and lower bounds (one-sided; lesions that belong together count as one) come from out-of-fold "
+        "predictions, of networks that each saw a part of the data; the other columns from the gate split. The last "
+        "one: how many lesions are looked at for every cancer found.",
         "",
     ]
     if report["subgroups"]:
@@ -173,7 +180,9 @@ def _abstention_lines(measured: Mapping[str, Any]) -> list[str]:
         *_table(["", "refused", "least refused kind"], rows),
         "",
         "A refused picture gets reasons instead of a risk: a person has to look. The limits come from training "
-        "pictures alone and were made to refuse 1 % of such. Intervals are 95 % (Wilson). By kind: `abstention.json`.",
+        "pictures alone and were made to refuse 1 % of such. Intervals are 95 % (Wilson; lesions that belong "
+        "together count as one). "
+        "The figures of performance above include the refused pictures of the gate split. By kind: `abstention.json`.",
         "",
     ]
 
@@ -259,7 +268,7 @@ def render_model_card(
         "## Limits",
         "",
         *(
-            [f"- Only {few} malignant lesions in the gate split: the intervals are wide."]
+            [f"- Only {few} malignant lesions in the gate split: other patients may give quite other figures."]
             if few < _FEW_MALIGNANT
             else []
         ),

@@ -67,6 +67,10 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
                             flat[f"{context}.{split}.{name}_{bound}"] = float(value[bound])
                 elif isinstance(value, int | float):
                     flat[f"{context}.{split}.{name}"] = float(value)
+            for name, bounds in splits[split]["intervals"].items():
+                for bound, value in bounds.items():
+                    if value is not None:
+                        flat[f"{context}.{split}.{name}_{bound}"] = float(value)
     return flat
 
 

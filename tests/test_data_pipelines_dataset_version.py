@@ -238,6 +238,16 @@ def test_a_patient_of_two_institutions_cannot_be_left_out_of_both(source):
         source.prepare(fold_by="clinic")
 
 
+def test_folds_by_lesion_that_part_a_patient_are_refused_where_patients_are_compared(source):
+    """Held out lesions would reach training as what the patient's other lesions are compared with."""
+    source.table["lesion_id"] = source.table["isic_id"]
+    by_lesion = TASK.model_copy(update={"fold_group": "lesion_id"})
+    with pytest.raises(ValueError, match=r"context_group = 'patient_id': \d+ groups span two folds, e\.g\. 'IP_\d+'"):
+        source.prepare(by_lesion)
+    without = by_lesion.model_copy(update={"context_group": None})
+    assert source.prepare(without)["num_rows"] == len(source.table)
+
+
 @pytest.mark.parametrize("layout", ["chunked", "variable length"])
 def test_layouts_without_byte_ranges_make_the_same_version_table(source, layout):
     plain = open_dataset(source.prepare(out="plain")["dataset"]).lesions

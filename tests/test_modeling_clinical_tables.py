@@ -25,6 +25,12 @@ def test_net_benefit_weighs_false_alarms_by_the_odds_of_the_threshold():
     assert high["model"] == pytest.approx(0.1 - 0.1) and high["treat_all"] == pytest.approx(0.2 - 0.8)
 
 
+def test_a_decision_curve_reaches_the_share_of_cancers():
+    rare = np.arange(1000) < 10
+    assert max(row["threshold"] for row in net_benefit(rare, rare.astype(float))) == 0.05
+    assert max(row["threshold"] for row in net_benefit(MALIGNANT, RISKS)) == 0.5 > MALIGNANT.mean()
+
+
 def test_net_benefit_of_a_perfect_model_is_the_prevalence_everywhere():
     assert {row["model"] for row in net_benefit(MALIGNANT, MALIGNANT.astype(float))} == {0.2}
 

@@ -207,6 +207,19 @@ def test_isotonic_calibration_keeps_the_ranking(fitted, lesions, fresh):
     np.testing.assert_array_equal(np.argsort(isotonic), np.argsort(fitted["none"][0].predict(fresh[0], fresh[1])[:, 1]))
 
 
+def test_a_patient_in_two_folds_is_refused(lesions):
+    image, columns, labels, patients = lesions
+    names = np.array([f"IP_{number}" for number in patients])
+
+    def fit(folds):
+        return fit_context_model("patient", BINARY, image, columns, labels, names, folds, QUICK, BALANCED, None, 0)
+
+    folds = patients % 3
+    folds[np.flatnonzero(patients == 7)[1]] = 0
+    with pytest.raises(ValueError, match="groups: 'IP_7' has lesions in folds 1 and 0; expected a patient's lesions"):
+        fit(folds)
+
+
 @pytest.mark.parametrize("context", ["none", "patient"])
 def test_degenerate_metadata_falls_back_to_the_image(lesions, context):
     image, _, labels, _ = lesions

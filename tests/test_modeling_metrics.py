@@ -12,7 +12,6 @@ from modeling.metrics import (
     adaptive_ece,
     balanced_accuracy,
     calibration_slope_intercept,
-    clustered_bootstrap,
     evaluate,
     macro_f1,
     partial_auc_above_tpr,
@@ -162,51 +161,6 @@ def test_calibration_slope_is_undefined_for_separated_or_constant_risks():
     assert math.isnan(slope) and math.isfinite(intercept)
     slope, intercept = calibration_slope_intercept([0, 0, 1, 1], [0.2] * 4)
     assert math.isnan(slope) and intercept == pytest.approx(math.log(4))
-
-
-def test_bootstrap_draws_whole_patients():
-    groups = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
-
-    def drawn_whole(rows):
-        repeats = np.bincount(rows, minlength=len(groups))
-        assert all(len(set(repeats[groups == group])) == 1 for group in range(6))
-        return 0.0
-
-    clustered_bootstrap(drawn_whole, groups, num_samples=20, seed=0)
-
-
-def test_copies_of_a_lesion_do_not_narrow_the_interval():
-    values = np.random.default_rng(6).normal(size=100)
-    copies = np.repeat(values, 10)
-
-    def width(data, groups):
-        low, high = clustered_bootstrap(lambda rows: data[rows].mean(), groups, num_samples=400, seed=1)
-        return high - low
-
-    by_row = width(copies, np.arange(1000))
-    by_patient = width(copies, np.repeat(np.arange(100), 10))
-    assert by_patient == pytest.approx(width(values, np.arange(100)), rel=0.15)
-    assert by_patient > 2.5 * by_row
-
-
-def test_bootstrap_repeats_with_its_seed_and_rows_without_patient_stand_alone():
-    values = np.arange(40.0)
-
-    def interval(groups, seed):
-        return clustered_bootstrap(lambda rows: values[rows].mean(), groups, num_samples=50, seed=seed)
-
-    assert interval([""] * 40, 3) == interval(list(range(40)), 3)
-    assert interval([""] * 40, 3) != interval([""] * 40, 4)
-
-
-def test_interval_is_undefined_when_most_resamples_lack_positives():
-    labels = np.zeros(200, dtype=int)
-    scores = np.linspace(0, 1, 200)
-    low, high = clustered_bootstrap(lambda rows: roc_auc(labels[rows], scores[rows]), range(200), 40, seed=0)
-    assert math.isnan(low) and math.isnan(high)
-    labels[150:] = 1
-    low, high = clustered_bootstrap(lambda rows: roc_auc(labels[rows], scores[rows]), range(200), 40, seed=0)
-    assert 0.9 < low <= high <= 1.0
 
 
 def test_evaluate_brackets_its_point_estimates():

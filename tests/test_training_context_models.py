@@ -88,6 +88,32 @@ def test_a_fold_without_positives_has_null_metrics_and_the_others_are_unharmed(f
     assert fitted.notes == ["Fold 1 (90 lesions) holds no malignant lesion: its AUC and pAUC are null."]
 
 
+def test_what_was_fitted_on_the_training_rows_is_measured_on_the_gate_split_alone(fit):
+    report = fit(lesions()).evaluation["patient"]
+    for name in ("sensitivity", "specificity", "ece", "calibration_slope", "calibration_intercept"):
+        assert report["gate"][name] is not None
+        assert {part[name] for part in (report["out_of_fold"], *report["per_fold"])} == {None}
+    assert report["gate"]["intervals"]["sensitivity"]["low"] < report["gate"]["sensitivity"]
+    assert report["out_of_fold"]["intervals"]["sensitivity"]["low"] is None
+
+
+def test_cancers_of_a_few_patients_have_figures_but_no_intervals(fit):
+    table = lesions()
+    patients = table.loc[table["fold"] == GATE, "group"].unique()
+    table.loc[(table["fold"] == GATE) & ~table["group"].isin(patients[:9]), "label"] = 0
+    table.loc[table["group"].isin(patients[:9]) & (table.index % EACH == 0), "label"] = 1
+    fitted = fit(table)
+    gate = fitted.evaluation["patient"]["gate"]
+    assert gate["auc"]["value"] > 0.5 and gate["auc"]["low"] is gate["auc"]["high"] is None
+    assert gate["intervals"]["specificity"] == {"low": None, "high": None} and gate["specificity"] is not None
+    assert fitted.notes == [
+        "The gate split's malignant lesions are of 9 groups by patient_id, the benign ones of 15: with fewer than 10 "
+        "of either, intervals are null."
+    ]
+    gain = fitted.results.comparison["gains"]["gate"][0]
+    assert gain["auc"]["value"] is not None and gain["auc"]["low"] is None
+
+
 @pytest.mark.parametrize(
     ("label", "kind", "measure"),
     [(0, "malignant", "sensitivity"), pytest.param(1, "benign", "specificity", marks=pytest.mark.slow)],

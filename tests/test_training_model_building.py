@@ -222,6 +222,8 @@ def test_the_clinical_tables_agree_with_the_probabilities(build, version):
         assert point["measured_sensitivity"] == pytest.approx(acted[malignant].mean())
         assert point["needed_to_triage"] == pytest.approx(acted.sum() / (acted & malignant).sum())
         assert 0 < point["sensitivity_low"] < point["sensitivity"]
+        for name in ("measured_sensitivity", "measured_specificity"):
+            assert point[f"{name}_low"] <= point[name] <= point[f"{name}_high"]
     operating = next(p for p in clinical["operating_points"] if p["sensitivity"] == 0.95)
     assert len(results.missed["patient"]) == (malignant & (risks < operating["threshold"])).sum()
     # The same decisions as in the metrics.

@@ -28,10 +28,10 @@ def report(rule):
 
 def test_the_interval_is_wilson_s():
     # Wilson's own formula for 5 of 100, and the rule of three for none.
-    assert wilson_interval(5, 100) == pytest.approx((0.0215, 0.1118), abs=1e-4)
+    assert wilson_interval(0.05, 100) == pytest.approx((0.0215, 0.1118), abs=1e-4)
     low, high = wilson_interval(0, 300)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.0126, abs=1e-4)
-    assert wilson_interval(4, 4)[1] == pytest.approx(1)
+    assert wilson_interval(1.0, 4)[1] == pytest.approx(1)
 
 
 def test_false_refusals_are_counted_apart_for_malignant_lesions(rule):
@@ -44,7 +44,7 @@ def test_false_refusals_are_counted_apart_for_malignant_lesions(rule):
     quality["brightness"][0] = -1.0
     distance[[1, 2]] = rule.max_distance * 2
     scored = ScoredImages(np.arange(10), np.zeros((10, 2)), None, quality, distance=distance)
-    counts = false_refusals(rule, scored, np.arange(10) < 2)
+    counts = false_refusals(rule, scored, np.arange(10) < 2, np.arange(10))
     assert {name: (counts[name]["refused"], counts[name]["n"]) for name in ("all", "malignant", "benign")} == {
         "all": (3, 10),
         "malignant": (2, 2),
@@ -52,7 +52,10 @@ def test_false_refusals_are_counted_apart_for_malignant_lesions(rule):
     }
     assert counts["all"]["low"] < counts["all"]["share"] == 0.3 < counts["all"]["high"]
     assert counts["reasons"] == {"unlike_training": 2, "too_dark": 1}
-    assert false_refusals(rule, scored, np.zeros(10, bool))["malignant"]["share"] is None
+    assert false_refusals(rule, scored, np.zeros(10, bool), np.arange(10))["malignant"]["share"] is None
+    # Of one patient they tell as much as one picture.
+    one = false_refusals(rule, scored, np.arange(10) < 2, np.zeros(10))
+    assert one["all"]["share"] == 0.3 and one["all"]["high"] > counts["all"]["high"] + 0.2
 
 
 def test_every_kind_is_measured_and_the_obvious_ones_are_refused_for_their_reason(report):

@@ -21,12 +21,12 @@ from modeling.clinical_tables import (
 )
 from modeling.conformal import ConformalSets
 from modeling.metrics import (
-    clustered_bootstrap,
     predicted_classes,
     resampled_areas,
     risk,
     sensitivity_specificity,
 )
+from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
 
 _AGE_COLUMNS = ("age_approx", "age")
@@ -39,8 +39,11 @@ def clinical_report(
     probabilities: np.ndarray,
     thresholds: Thresholds,
     sets: ConformalSets,
+    num_bootstrap: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Tables of one model on held-out lesions, JSON-ready.
+    """Tables of one model on held-out lesions, JSON-ready; `measured_..._low` and `..._high` are 95 % intervals over
+    resampled groups, None where `clustered_bootstrap` has none.
 
     Args:
         lesions: rows of a dataset version (N,).
@@ -49,10 +52,19 @@ def clinical_report(
     """
     labels = lesions["label"].to_numpy(np.int64)
     malignant, risks = task.malignant_mask[labels], risk(probabilities, task)
+
+    def rates(rows: np.ndarray) -> np.ndarray:
+        return np.array([sensitivity_specificity(malignant[rows], risks[rows], p.threshold) for p in thresholds.points])
+
+    every = rates(np.arange(len(labels)))
+    low, high = clustered_bootstrap(rates, lesions["group"].to_numpy(str), num_bootstrap, seed, malignant)
     points = []
-    for point in thresholds.points:
-        sensitivity, specificity = sensitivity_specificity(malignant, risks, point.threshold)
-        measured = {"measured_sensitivity": sensitivity, "measured_specificity": specificity}
+    for index, point in enumerate(thresholds.points):
+        measured = {
+            f"measured_{name}{end}": values[index, side]
+            for side, name in enumerate(("sensitivity", "specificity"))
+            for end, values in (("", every), ("_low", low), ("_high", high))
+        }
         points.append(
             point.model_dump(include={"sensitivity", "sensitivity_low", "threshold"})
             | {name: None if np.isnan(value) else float(value) for name, value in measured.items()}
@@ -108,7 +120,7 @@ def paired_gains(
         return np.array([auc_and_pauc[a] - auc_and_pauc[b] for a, b in pairs])
 
     point = gains(np.arange(len(malignant)))
-    low, high = clustered_bootstrap(gains, groups, num_bootstrap, seed)
+    low, high = clustered_bootstrap(gains, groups, num_bootstrap, seed, malignant)
 
     def entry(index: int, measure: int) -> dict[str, float | None]:
         values = {"value": point, "low": low, "high": high}

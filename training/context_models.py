@@ -24,6 +24,9 @@ from training.institution_report import institution_names, leave_one_institution
 from training.ood_report import OodReport
 
 TABULAR_ONLY = "tabular_only"
+# Threshold and risk calibration were fitted on the out-of-fold predictions: on these very rows they are right by
+# construction (slope 1, the sensitivity asked for), which says nothing. The gate split tells.
+_FITTED_ON_TRAINING_ROWS = ("sensitivity", "specificity", "ece", "calibration_slope", "calibration_intercept")
 
 
 @dataclass
@@ -32,7 +35,9 @@ class ContextResults:
 
     Attributes:
         evaluation: context -> {"gate", "out_of_fold", "per_fold", "clinical", "notes"}, JSON-ready; what cannot be
-            measured is None, and a note says why.
+            measured is None, and a note says why. Out of fold and per fold, what the operating threshold and the risk
+            calibration decide is None too: both were fitted on these rows. The number of boosting rounds and the kinds
+            of trees were chosen on them as well, so their AUC and pAUC are a little better than on new lesions.
         comparison: {"tabular_only": as in `evaluation`, or None where there is nothing to compare; "gains": split ->
             rows of `paired_gains`; "institutions": rows of `leave_one_institution_out` of the last context, or None}.
         gate_probabilities: context -> float64 (N, K) of the gate split's rows.
@@ -126,6 +131,8 @@ class _Fitting:
         table = self.train[rows]
         groups = table["context" if context == "patient" else "group"].to_numpy(str)
         sampling, population = self.priors
+        # Of some rows, their own shares: those of all would tell a model the labels of the rows left out.
+        own = population if isinstance(rows, slice) else None
         return fit_context_model(
             context,
             self.task,
@@ -136,7 +143,7 @@ class _Fitting:
             self.folds[rows],
             self.config.fusion,
             sampling,
-            population,
+            own,
             self.seed,
         )
 
@@ -169,6 +176,7 @@ class _Fitting:
             self.task.malignant_mask[self.labels],
             seen,
             self.train["group"].to_numpy(str),
+            self.folds,
             fit_predict,
             self.config.num_bootstrap,
             self.seed,
@@ -183,11 +191,27 @@ class _Fitting:
 
         folds = [self.folds == fold for fold in range(self.num_folds)]
         assert model.sets is not None
+        unseen = {name: None for name in _FITTED_ON_TRAINING_ROWS}
+        none_bounds = {"low": None, "high": None}
+
+        def measure_training(rows: np.ndarray | slice) -> dict[str, Any]:
+            report = measure(self.train[rows], fused[rows]) | unseen
+            report["intervals"] |= {name: none_bounds for name in report["intervals"] if name in unseen}
+            return report
+
         return {
             "gate": measure(self.held_out, probabilities),
-            "out_of_fold": measure(self.train, fused),
-            "per_fold": [measure(self.train[rows], fused[rows]) for rows in folds],
-            "clinical": clinical_report(self.task, self.held_out, probabilities, model.thresholds, model.sets),
+            "out_of_fold": measure_training(slice(None)),
+            "per_fold": [measure_training(rows) for rows in folds],
+            "clinical": clinical_report(
+                self.task,
+                self.held_out,
+                probabilities,
+                model.thresholds,
+                model.sets,
+                self.config.num_bootstrap,
+                self.seed,
+            ),
         }
 
     def gains(self, split: str, risks: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ import pandas as pd
 
 from data_pipelines.data_checks import CheckLimits, constant_columns, telling_columns
 from data_pipelines.image_dataset import DatasetVersion
+from modeling.patient_relative import group_codes
+from modeling.resampling import MIN_GROUPS, enough_groups
 from modeling.schema import Context
 
 
@@ -47,7 +49,7 @@ def evaluation_notes(version: DatasetVersion, context: Context) -> list[str]:
     """
     gate = version.lesions.iloc[version.gate_positions]
     train = version.lesions.iloc[version.training_positions]
-    notes = _class_notes(version, gate, train)
+    notes = _class_notes(version, gate, train) + _group_notes(version, gate)
     if context != "image_only":
         notes += _column_notes(version, train)
     if context == "patient":
@@ -83,6 +85,17 @@ def _class_notes(version: DatasetVersion, gate: pd.DataFrame, train: pd.DataFram
             if not (gate["label"] == index).any():
                 notes.append(f"The gate split holds no lesion of class {name}: its recall is null.")
     return notes
+
+
+def _group_notes(version: DatasetVersion, gate: pd.DataFrame) -> list[str]:
+    malignant = version.task.malignant_mask[gate["label"].to_numpy(np.int64)]
+    if malignant.all() or not malignant.any() or enough_groups(malignant, gate["group"]):
+        return []
+    counts = [len(np.unique(group_codes(gate["group"])[rows])) for rows in (malignant, ~malignant)]
+    return [
+        f"The gate split's malignant lesions are of {counts[0]} groups by {version.task.fold_group}, the benign ones "
+        f"of {counts[1]}: with fewer than {MIN_GROUPS} of either, intervals are null."
+    ]
 
 
 def _column_notes(version: DatasetVersion, train: pd.DataFrame) -> list[str]:

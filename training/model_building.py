@@ -190,7 +190,8 @@ def _try_abstention(
         lesions = some_pictures(version, positions, number, training.seed)
         report = measure_kinds(rule, embed, training.model.input_size, lesions, number, training.seed)
     malignant = version.task.malignant_mask[version.lesions["label"].to_numpy(np.int64)[positions]]
-    report.measured = {"gate": false_refusals(rule, scored, malignant), **report.measured}
+    groups = version.lesions["group"].to_numpy(str)[positions]
+    report.measured = {"gate": false_refusals(rule, scored, malignant, groups), **report.measured}
     return report
 
 

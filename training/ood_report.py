@@ -42,27 +42,31 @@ class OodReport:
     examples: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def wilson_interval(hits: int, number: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); it holds for no hit at all, where a bootstrap gives (0, 0)."""
-    share = hits / number
+def wilson_interval(share: float, number: int) -> tuple[float, float]:
+    """95 % interval of a share of `number` independent pictures (Wilson 1927); it holds for a share of 0 as well, where
+    a bootstrap gives (0, 0)."""
     centre = share + _Z**2 / (2 * number)
     width = _Z * (share * (1 - share) / number + _Z**2 / (4 * number**2)) ** 0.5
     scale = 1 + _Z**2 / number
     return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
 
 
-def false_refusals(rule: AbstentionRule, scored: ScoredImages, malignant: np.ndarray) -> dict[str, Any]:
+def false_refusals(
+    rule: AbstentionRule, scored: ScoredImages, malignant: np.ndarray, groups: np.ndarray
+) -> dict[str, Any]:
     """Refused pictures of lesions that trained nothing: of all, of the malignant and of the benign ones.
 
     Args:
         scored: with quality and distance.
         malignant: bool (N,).
+        groups: (N,) patients (or lesions), each of which counts once in the intervals: one person's skin or camera
+            gets all their pictures refused.
     """
     assert scored.distance is not None
     found = rule.refusals(scored.quality, scored.distance)
     refused = np.array([bool(refusals) for refusals in found], dtype=bool)
-    groups = {"all": np.ones(len(refused), bool), "malignant": malignant, "benign": ~malignant}
-    counts = {name: _count(refused[rows]) for name, rows in groups.items()}
+    kinds = {"all": np.ones(len(refused), bool), "malignant": malignant, "benign": ~malignant}
+    counts = {name: _count(refused[rows], len(np.unique(groups[rows]))) for name, rows in kinds.items()}
     return counts | {"reasons": _reasons(found)}
 
 
@@ -82,7 +86,7 @@ def measure_kinds(
         quality = {name: np.array([row[name] for row in figures]) for name in figures[0]}
         distance = rule.distance(embed(np.stack([resize(picture, input_size) for picture in pictures])))
         found = rule.refusals(quality, distance)
-        counts = _count(np.array([bool(refusals) for refusals in found]))
+        counts = _count(np.array([bool(refusals) for refusals in found]), len(found))
         facts = {"kind": kind.name, "set": group, "strength": kind.strength, "held_out": kind.held_out}
         report.measured["kinds"].append(facts | counts | {"reasons": _reasons(found)})
         report.examples[kind.name] = resize(pictures[0], _EXAMPLE_SIDE)
@@ -107,10 +111,11 @@ def some_pictures(version: DatasetVersion, positions: np.ndarray, number: int, s
     return [decode_image(data) for data in encoded if not isinstance(data, Exception)]
 
 
-def _count(refused: np.ndarray) -> dict[str, Any]:
+def _count(refused: np.ndarray, independent: int) -> dict[str, Any]:
     number, hits = len(refused), int(refused.sum())
-    low, high = wilson_interval(hits, number) if number else (None, None)
-    return {"n": number, "refused": hits, "share": hits / number if number else None, "low": low, "high": high}
+    share = hits / number if number else None
+    low, high = (None, None) if share is None else wilson_interval(share, independent)
+    return {"n": number, "refused": hits, "share": share, "low": low, "high": high}
 
 
 def _reasons(found: Sequence[Sequence[Refusal]]) -> dict[str, int]:
