@@ -32,7 +32,7 @@ class BundleManifest(BaseModel):
         embedding_dim: length D of the embedding.
         contexts: contexts the bundle can answer, in the order of `TaskSpec.contexts`.
         sampling_prior: class frequencies the image model was trained at, (K,).
-        population_prior: class frequencies of the data set, (K,).
+        population_prior: class frequencies that risks are for, (K,): those of the data set unless configured otherwise.
         training: the resolved training config.
         files: sha256 (hex) of every other file, by path relative to the bundle.
     """

@@ -26,7 +26,7 @@ ITA_NAMES = ("dark", "brown", "tan", "intermediate", "light", "very light")
 
 
 def net_benefit(
-    malignant: np.ndarray, risks: np.ndarray, thresholds: Sequence[float] | None = None
+    malignant: np.ndarray, risks: np.ndarray, thresholds: Sequence[float] | None = None, prevalence: float | None = None
 ) -> list[dict[str, float]]:
     """Decision-curve analysis (Vickers & Elkin 2006): true positives per lesion less false positives, weighted by the
     odds of the threshold, for the model and for treating every lesion; treating none is 0.
@@ -36,24 +36,44 @@ def net_benefit(
         risks: calibrated P(malignant) float (N,).
         thresholds: in (0, 1): the risk from which one would act; None = NET_BENEFIT_THRESHOLDS, and HIGH_THRESHOLDS
             where the share of malignant lesions is above all of those.
+        prevalence: share of malignant lesions where the model is used; None = that of these.
+
+    Returns:
+        Rows {threshold, model, treat_all}; none where a prevalence is given and these are all malignant or all benign.
     """
-    share = float(np.mean(malignant))
+    if prevalence is not None and (malignant.all() or not malignant.any()):
+        return []
+    share = float(np.mean(malignant)) if prevalence is None else prevalence
+    weights = _weights(malignant, prevalence)
     if thresholds is None:
         thresholds = NET_BENEFIT_THRESHOLDS + (HIGH_THRESHOLDS if share > NET_BENEFIT_THRESHOLDS[-1] else ())
     rows = []
     for threshold in thresholds:
         acted = risks >= threshold
         odds = threshold / (1 - threshold)
-        model = float(np.mean(acted & malignant) - odds * np.mean(acted & ~malignant))
+        model = float(np.sum(weights * (acted & malignant)) - odds * np.sum(weights * (acted & ~malignant)))
         rows.append({"threshold": threshold, "model": model, "treat_all": share - odds * (1 - share)})
     return rows
 
 
-def needed_to_triage(malignant: np.ndarray, risks: np.ndarray, threshold: float) -> float | None:
-    """Lesions looked at per cancer found when all with risk >= threshold are; None where none is found."""
+def _weights(malignant: np.ndarray, prevalence: float | None) -> np.ndarray:
+    """What each lesion counts, float64 (N,) with sum 1, so that the malignant ones count `prevalence` together."""
+    if prevalence is None:
+        return np.full(len(malignant), 1 / max(len(malignant), 1))
+    counts = np.where(malignant, malignant.sum(), (~malignant).sum())
+    return np.where(malignant, prevalence, 1 - prevalence) / counts
+
+
+def needed_to_triage(
+    malignant: np.ndarray, risks: np.ndarray, threshold: float, prevalence: float | None = None
+) -> float | None:
+    """Lesions looked at per cancer found when all with risk >= threshold are; None where none is found, or a prevalence
+    is given and all lesions are malignant."""
     acted = risks >= threshold
-    found = int((acted & malignant).sum())
-    return float(acted.sum() / found) if found else None
+    if not (acted & malignant).any() or (prevalence is not None and malignant.all()):
+        return None
+    weights = _weights(malignant, prevalence)
+    return float(weights[acted].sum() / weights[acted & malignant].sum())
 
 
 def top_retrieval(malignant: np.ndarray, risks: np.ndarray, patients: Sequence, count: int = 15) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 from modeling.calibration import (
     Calibrator,
     ClassScaling,
-    Thresholds,
     apply_to_classes,
     calibrator_from_json,
     log_softmax,
@@ -24,6 +23,7 @@ from modeling.calibration import (
 )
 from modeling.conformal import ConformalSets
 from modeling.metadata_features import LOG_PROBABILITY_FLOOR, FeatureSpec
+from modeling.operating_points import Thresholds
 from modeling.residual_boosting import load_booster, raw_scores
 from modeling.schema import Context, TaskSpec
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from modeling.calibration import CALIBRATORS, ClassScaling, choose_thresholds, log_softmax
+from modeling.calibration import CALIBRATORS, ClassScaling, log_softmax
 from modeling.conformal import ConformalSets
 from modeling.context_model import ContextModel, checked_image, image_margins, to_probabilities
 from modeling.metadata_features import FeatureSpec
+from modeling.operating_points import choose_thresholds
 from modeling.patient_relative import group_codes
 from modeling.residual_boosting import MANY_ROWS, finish, grow, leave_out_at_random, raw_scores, start_booster
 from modeling.schema import Context, TaskSpec

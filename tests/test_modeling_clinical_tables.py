@@ -35,6 +35,21 @@ def test_net_benefit_of_a_perfect_model_is_the_prevalence_everywhere():
     assert {row["model"] for row in net_benefit(MALIGNANT, MALIGNANT.astype(float))} == {0.2}
 
 
+def test_a_prevalence_weighs_lesions_as_if_they_were_so_many():
+    """Nine of ten benign lesions more, all with the risks of those there are, say the same as their prevalence."""
+    malignant, risks = MALIGNANT, RISKS
+    more = np.concatenate([risks, *[risks[~malignant]] * 9])
+    labels = np.concatenate([malignant, np.zeros(9 * (~malignant).sum(), bool)])
+    weighed = net_benefit(malignant, risks, [0.02, 0.3], labels.mean())
+    for row, expected in zip(weighed, net_benefit(labels, more, [0.02, 0.3]), strict=True):
+        assert row == pytest.approx(expected)
+    assert needed_to_triage(malignant, risks, 0.03, labels.mean()) == pytest.approx(
+        needed_to_triage(labels, more, 0.03)
+    )
+    assert net_benefit(np.ones(3, bool), np.ones(3), prevalence=0.1) == []
+    assert needed_to_triage(np.ones(3, bool), np.ones(3), 0.5, 0.1) is None
+
+
 def test_needed_to_triage_counts_lesions_per_cancer_found():
     assert needed_to_triage(MALIGNANT, RISKS, 0.03) == 2.0
     assert needed_to_triage(MALIGNANT, RISKS, 0.6) == 1.0

@@ -97,6 +97,27 @@ def test_what_was_fitted_on_the_training_rows_is_measured_on_the_gate_split_alon
     assert report["out_of_fold"]["intervals"]["sensitivity"]["low"] is None
 
 
+def test_risks_are_for_the_prevalence_asked_for(tmp_path):
+    """Patients of the clinic that the model is for have fewer cancers than the data."""
+    table = lesions(patients=400)
+    version = DatasetVersion(tmp_path, BINARY, "d" * 64, None, table, 3)
+    results = {}
+    for prevalence in (None, 0.02):
+        config = CONFIG.model_copy(update={"prevalence": prevalence})
+        results[prevalence] = fit_contexts(tmp_path, version, TrainingConfig(), config, None, None, lambda _: None)
+    gate = table[table["fold"] == GATE]
+    malignant = gate["label"].to_numpy() == 1
+    risks = results[0.02].gate_probabilities["patient"][:, 1]
+    weights = np.where(malignant, 0.02 / malignant.sum(), 0.98 / (~malignant).sum())
+    assert (weights * risks).sum() == pytest.approx(0.02, rel=0.15)
+    before, after = (results[prevalence].evaluation["patient"] for prevalence in (None, 0.02))
+    assert after["gate"]["auc"]["value"] == pytest.approx(before["gate"]["auc"]["value"])
+    assert after["gate"]["sensitivity"] == before["gate"]["sensitivity"]
+    assert after["gate"]["ece"] is None and any("0.02 malignant lesions in 1" in note for note in after["notes"])
+    point = {row["sensitivity"]: row["needed_to_triage"] for row in after["clinical"]["operating_points"]}
+    assert point[0.95] > 10
+
+
 def test_cancers_of_a_few_patients_have_figures_but_no_intervals(fit):
     table = lesions()
     patients = table.loc[table["fold"] == GATE, "group"].unique()

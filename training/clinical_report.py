@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from modeling.calibration import Thresholds
 from modeling.clinical_tables import (
     age_bands,
     confusion_matrix,
@@ -26,6 +25,7 @@ from modeling.metrics import (
     risk,
     sensitivity_specificity,
 )
+from modeling.operating_points import Thresholds
 from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
 
@@ -41,6 +41,7 @@ def clinical_report(
     sets: ConformalSets,
     num_bootstrap: int,
     seed: int,
+    prevalence: float | None = None,
 ) -> dict[str, Any]:
     """Tables of one model on held-out lesions, JSON-ready; `measured_..._low` and `..._high` are 95 % intervals over
     resampled groups, None where `clustered_bootstrap` has none.
@@ -49,6 +50,7 @@ def clinical_report(
         lesions: rows of a dataset version (N,).
         probabilities: calibrated class probabilities float64 (N, K).
         thresholds, sets: of the model, chosen on other rows.
+        prevalence: for which net benefit and lesions per cancer are stated; None = that of these lesions.
     """
     labels = lesions["label"].to_numpy(np.int64)
     malignant, risks = task.malignant_mask[labels], risk(probabilities, task)
@@ -68,13 +70,13 @@ def clinical_report(
         points.append(
             point.model_dump(include={"sensitivity", "sensitivity_low", "threshold"})
             | {name: None if np.isnan(value) else float(value) for name, value in measured.items()}
-            | {"needed_to_triage": needed_to_triage(malignant, risks, point.threshold)}
+            | {"needed_to_triage": needed_to_triage(malignant, risks, point.threshold, prevalence)}
         )
     patients = lesions["context"].to_numpy(str)
     predicted = predicted_classes(probabilities, task, thresholds.threshold)
     return {
         "operating_points": points,
-        "net_benefit": net_benefit(malignant, risks),
+        "net_benefit": net_benefit(malignant, risks, prevalence=prevalence),
         "top_retrieval": top_retrieval(malignant, risks, patients) if task.context_group else None,
         "confusion": confusion_matrix(labels, predicted, task.num_classes),
         "subgroups": subgroup_table(malignant, risks, thresholds.threshold, subgroup_columns(task, lesions)),

@@ -114,6 +114,9 @@ class BuildConfig(BaseModel):
 
     fusion: FusionConfig = Field(default_factory=FusionConfig)
     ensemble: bool = Field(False, description="serve the folds' networks with the refit: better, and that much slower")
+    prevalence: float | None = Field(
+        None, gt=0, lt=1, description="share of malignant lesions where the model is used; null: as in the data"
+    )
     leave_institution_out: bool = Field(True, description="also fit without each institution; needs a column of them")
     num_bootstrap: int = Field(500, ge=50, le=100_000, description="group resamples behind every interval")
     ood_pictures: int = Field(

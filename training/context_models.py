@@ -27,6 +27,8 @@ TABULAR_ONLY = "tabular_only"
 # Threshold and risk calibration were fitted on the out-of-fold predictions: on these very rows they are right by
 # construction (slope 1, the sensitivity asked for), which says nothing. The gate split tells.
 _FITTED_ON_TRAINING_ROWS = ("sensitivity", "specificity", "ece", "calibration_slope", "calibration_intercept")
+# Risks for another prevalence than the gate split's are right on average elsewhere, not there.
+_OF_THE_PREVALENCE = ("ece", "calibration_intercept")
 
 
 @dataclass
@@ -57,10 +59,21 @@ class ContextResults:
     ood: OodReport | None = None
 
 
-def priors(version: DatasetVersion, training: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Class shares float64 (K,) that the network trained at, and those of the data; without a network, the latter."""
-    sampling, population = training_shares(version, version.training_folds, training.sampling)
-    return (population if version.images_path is None else sampling), population
+def priors(
+    version: DatasetVersion, training: TrainingConfig, prevalence: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class shares float64 (K,) that the network trained at, and those that risks are for.
+
+    The former are those of the data without a network. The latter are those of the data, but with `prevalence` malignant
+    lesions if that is given: the classes of either kind keep their shares of it.
+    """
+    sampling, shares = training_shares(version, version.training_folds, training.sampling)
+    sampling = shares if version.images_path is None else sampling
+    if prevalence is None:
+        return sampling, shares
+    malignant = version.task.malignant_mask
+    of_kind = np.where(malignant, shares[malignant].sum(), shares[~malignant].sum())
+    return sampling, shares / of_kind * np.where(malignant, prevalence, 1.0 - prevalence)
 
 
 def fit_contexts(
@@ -87,7 +100,9 @@ def fit_contexts(
         say(f"context {context}: fusion, calibration, thresholds, evaluation")
         model, fused = fitting.fit(context, out_of_fold)
         probabilities = fitting.predict(model, fitting.held_out, gate_images)
-        report = fitting.evaluate(model, probabilities, fused) | {"notes": evaluation_notes(version, context)}
+        report = fitting.evaluate(model, probabilities, fused) | {
+            "notes": evaluation_notes(version, context, config.prevalence)
+        }
         results.evaluation[context], results.gate_probabilities[context] = report, probabilities
         results.thresholds[context], results.out_of_fold[context] = model.thresholds.threshold, fused
         results.missed[context] = missed_cancers(task, fitting.held_out, probabilities, results.thresholds[context])
@@ -122,7 +137,7 @@ class _Fitting:
         self.held_out = version.lesions.iloc[version.gate_positions]
         self.num_folds = version.num_folds
         self.labels, self.folds = (self.train[name].to_numpy(np.int64) for name in ("label", "fold"))
-        self.priors = priors(version, training)
+        self.priors = priors(version, training, config.prevalence)
 
     def fit(
         self, context: Context, images: np.ndarray | None, rows: np.ndarray | slice = slice(None)
@@ -199,8 +214,11 @@ class _Fitting:
             report["intervals"] |= {name: none_bounds for name in report["intervals"] if name in unseen}
             return report
 
+        gate = measure(self.held_out, probabilities)
+        if self.config.prevalence is not None:
+            gate |= dict.fromkeys(_OF_THE_PREVALENCE)
         return {
-            "gate": measure(self.held_out, probabilities),
+            "gate": gate,
             "out_of_fold": measure_training(slice(None)),
             "per_fold": [measure_training(rows) for rows in folds],
             "clinical": clinical_report(
@@ -211,6 +229,7 @@ class _Fitting:
                 model.sets,
                 self.config.num_bootstrap,
                 self.seed,
+                self.config.prevalence,
             ),
         }
 

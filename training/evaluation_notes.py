@@ -40,16 +40,22 @@ def check_trainable(version: DatasetVersion) -> None:
         )
 
 
-def evaluation_notes(version: DatasetVersion, context: Context) -> list[str]:
+def evaluation_notes(version: DatasetVersion, context: Context, prevalence: float | None = None) -> list[str]:
     """Sentences about one context's evaluation, the gravest first; empty where there is nothing to say.
 
     Args:
         version: gate split and training rows are looked at, labels of the gate split only to count them.
+        prevalence: share of malignant lesions that risks are for; None = that of the data.
         context: the columns matter to those that read metadata, the patients to "patient".
     """
     gate = version.lesions.iloc[version.gate_positions]
     train = version.lesions.iloc[version.training_positions]
     notes = _class_notes(version, gate, train) + _group_notes(version, gate)
+    if prevalence is not None:
+        notes.append(
+            f"Risks, net benefit and lesions per cancer are for {prevalence:g} malignant lesions in 1, which the gate "
+            "split does not have: its calibration error and intercept are null."
+        )
     if context != "image_only":
         notes += _column_notes(version, train)
     if context == "patient":

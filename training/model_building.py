@@ -65,7 +65,7 @@ def build_bundle(
     reference = _reference(version, version.gate_positions, scored, results.gate_probabilities)
     reference.to_parquet(directory / "reference.parquet", index=False)
 
-    sampling_prior, population_prior = priors(version, training)
+    sampling_prior, population_prior = priors(version, training, config.prevalence)
     settings = {"training": training.model_dump()} if scorer is not None else {"seed": training.seed}
     fields: dict[str, Any] = {
         "name": task.name,
