@@ -64,8 +64,8 @@ def priors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class shares float64 (K,) that the network trained at, and those that risks are for.
 
-    The former are those of the data without a network. The latter are those of the data, but with `prevalence` malignant
-    lesions if that is given: the classes of either kind keep their shares of it.
+    The former are those of the data without a network. The latter are those of the data, but with `prevalence`
+    malignant lesions if that is given: the classes of either kind keep their shares of it.
     """
     sampling, shares = training_shares(version, version.training_folds, training.sampling)
     sampling = shares if version.images_path is None else sampling
