@@ -17,6 +17,7 @@ from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
 from training.image_models import check_training
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
+from tune.driver_lease import SearchTakenOverError
 from tune.search_folder import SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, search_line
 from tune.search_plots import write_search_report
@@ -95,22 +96,48 @@ def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> d
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)
     check_networks(plan, version)
-    search_id = folder.claim(plan.identity(version.digest), config.resume)
+    identity = plan.identity(version.digest)
+    folder.check(identity, config.resume)
     connect_ray()
+    search_id = folder.claim(identity, config.resume)
+    try:
+        result = _search(config, plan, folder, name, search_id, identity, train)
+    finally:
+        folder.lease.release()
+    return result
+
+
+def _search(
+    config: SearchHyperparametersConfig,
+    plan: SearchPlan,
+    folder: SearchFolder,
+    name: str,
+    search_id: str,
+    params: dict[str, Any],
+    train: TrainFold,
+) -> dict[str, Any]:
+    """The claimed search, in MLflow under `name` with `params`."""
+    base = config.train_model
     say(f"search {name}: {plan.num_trials} trials of up to {plan.num_folds} folds over {sorted(plan.space)}")
     tracking = SearchTracking(base.tracking_uri, base.model_name, base.artifact_root, search_id)
-    parent = tracking.start(name, plan.identity(version.digest))
-    status = "FAILED"
+    parent = tracking.start(name, params)
+    status: str | None = "FAILED"
     try:
         ledger = run_search(plan, folder, tracking, say, train)
         if ledger.count("running") or len(ledger.trials) < plan.num_trials:
             status = "KILLED"
             raise RuntimeError(f"the search was stopped; it goes on with --search-name {name} --resume true")
         say(search_line(ledger))
+        folder.lease.renew()
         result = _finish(config, plan, ledger, folder, tracking)
         status = "FINISHED"
+    except SearchTakenOverError:
+        # Its MLflow run is the other driver's.
+        status = None
+        raise
     finally:
-        tracking.finish(status)
+        if status is not None:
+            tracking.finish(status)
     return {**result, "mlflow_run": parent}
 
 

@@ -1,15 +1,18 @@
 """What cannot work is refused in one line, before any trial is paid for."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from data_pipelines.image_dataset import DatasetVersion
+from ray_jobs import search_hyperparameters
 from ray_jobs.job import parse_config
 from ray_jobs.search_hyperparameters import SearchHyperparametersConfig, check_networks, make_plan
 from tests.house import REPO_ROOT
 from tests.tiny_bundle import tiny_task
+from tune.json_files import read_json
 
 CONFIG = REPO_ROOT / "configs" / "search_hyperparameters.yaml"
 VERSION = DatasetVersion(Path("/data/isic2024"), tiny_task(), "d" * 64, "images.hdf5", pd.DataFrame(), 5)
@@ -52,3 +55,52 @@ def test_networks_that_a_trial_could_not_build_are_refused(model, message):
     given = config("--space.model.values", f"[{{backbone: {model['backbone']}, weights: {model['weights']}}}]")
     with pytest.raises(ValueError, match=message):
         check_networks(make_plan(given, VERSION), VERSION)
+
+
+class Job:
+    """The job with stand-ins for the data set, the cluster and MLflow; its search does what `searching` does."""
+
+    def __init__(self, monkeypatch, folder, version=VERSION):
+        self.folder, self.statuses = folder, []
+        for name, stand_in in {
+            "open_dataset": lambda location: version,
+            "check_networks": lambda plan, version: None,
+            "connect_ray": lambda: None,
+            "SearchTracking": lambda *settings: self,
+            "run_search": lambda *arguments: self.searching(),
+        }.items():
+            monkeypatch.setattr(search_hyperparameters, name, stand_in)
+
+    def start(self, name, params):
+        return "4f1d"
+
+    def finish(self, status):
+        self.statuses.append(status)
+
+    def searching(self):
+        raise RuntimeError("the cluster is gone")
+
+    def run(self, *flags):
+        return search_hyperparameters.run(
+            config("--search-name", "night", "--searches", str(self.folder / "searches"), *flags)
+        )
+
+    @property
+    def lease(self):
+        return read_json(f"{self.folder}/searches/night/driver.json")
+
+
+def test_a_search_has_one_driver_until_it_ends_however_it_ends(monkeypatch, tmp_path):
+    job = Job(monkeypatch, tmp_path)
+    held = []
+
+    def searching():
+        held.append(job.lease["pid"])
+        raise RuntimeError("the cluster is gone")
+
+    job.searching = searching
+    for flags in ((), ("--resume", "true")):
+        with pytest.raises(RuntimeError, match="the cluster is gone"):
+            job.run(*flags)
+        assert job.lease is None
+    assert held == [os.getpid()] * 2 and job.statuses == ["FAILED"] * 2

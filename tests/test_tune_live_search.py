@@ -7,8 +7,9 @@ import pytest
 from ray.tune.experiment import Trial
 
 from tune import live_search
+from tune.driver_lease import DriverLease, SearchTakenOverError
+from tune.json_files import read_json, write_json
 from tune.live_search import LiveSearch
-from tune.search_folder import read_json, write_json
 from tune.search_ledger import SearchLedger
 
 PARAMS = {"optimizer.learning_rate": 0.001}
@@ -39,7 +40,9 @@ class Search:
     def __init__(self, url, ledger=None):
         write_json(url, (ledger or SearchLedger(num_trials=2, num_folds=2)).model_dump())
         self.url, self.lines, self.tracking, self.trials = url, [], Tracking(), []
-        self.live = LiveSearch(url, self.tracking, self.lines.append, lambda params: (1.0, 2.0))
+        self.live = LiveSearch(
+            url, DriverLease(f"{url}.driver"), self.tracking, self.lines.append, lambda params: (1.0, 2.0)
+        )
         self.live.setup()
 
     def trial(self, number):
@@ -137,6 +140,18 @@ def test_a_failed_trial_says_why(tmp_path, clock):
     search.tell("error", trial)
     assert search.ledger().trials["id1"].error == "RuntimeError: out of memory"
     assert search.lines[-1] == "trial 1 failed: RuntimeError: out of memory"
+
+
+def test_a_driver_that_was_replaced_stops_and_writes_nothing_more(tmp_path, clock):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(1)
+    search.tell("start", trial)
+    before, synced = search.ledger(), list(search.tracking.seen)
+    write_json(f"{search.url}.driver", read_json(f"{search.url}.driver") | {"driver": "another", "host": "gpu-7"})
+    search.fold(trial, 1, 0.12)
+    with pytest.raises(SearchTakenOverError, match="on gpu-7.* has taken over this search"):
+        search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger() == before and search.tracking.seen == synced
 
 
 def test_what_ray_tune_pickles_holds_no_connection(tmp_path):

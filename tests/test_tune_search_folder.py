@@ -3,7 +3,8 @@
 import pytest
 
 from training.config import TrainingConfig
-from tune.search_folder import FoldRecords, SearchFolder, write_json
+from tune.json_files import write_json
+from tune.search_folder import FoldRecords, SearchFolder
 from tune.search_space import with_overrides
 
 IDENTITY = {"dataset": "d1", "space": {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}}, "seed": 0}

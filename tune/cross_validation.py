@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from data_pipelines.image_dataset import open_dataset, task_cpus
 from training.config import TrainingConfig
 from training.trainer import build_trainer, fit
-from tune.search_folder import FoldRecords, SearchFolder, read_json, write_json
+from tune.json_files import read_json, write_json
+from tune.search_folder import FoldRecords, SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, mean_score
 from tune.search_space import SearchSpace, to_ray, trial_config
 from tune.search_tracking import SearchTracking
@@ -151,6 +152,7 @@ def run_search(
 
     Raises:
         ValueError: the cluster cannot hold one trial, or not as many at a time as when the search began.
+        SearchTakenOverError: another driver has taken the search over.
     """
     import ray
     from ray import tune
@@ -206,7 +208,7 @@ def run_search(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=folder.url,
-                callbacks=[LiveSearch(folder.ledger, tracking, say, resources_of)],
+                callbacks=[LiveSearch(folder.ledger, folder.lease, tracking, say, resources_of)],
                 verbose=0,
             ),
         )

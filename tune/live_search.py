@@ -10,7 +10,8 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from tune.search_folder import read_json, write_json
+from tune.driver_lease import DriverLease, SearchTakenOverError
+from tune.json_files import read_json, write_json
 from tune.search_ledger import SearchLedger, fold_line, search_line, shown_params
 from tune.search_tracking import SearchTracking
 
@@ -34,6 +35,7 @@ class LiveSearch(Callback):
 
     Args:
         ledger_url: where the ledger is kept; `run_search` has written it.
+        lease: of the search; renewed whenever the ledger is saved.
         tracking: its parent run has been started.
         say: prints a line; importable, as it is pickled.
         worker_resources: (CPUs, GPUs) that a trial's train workers hold, by the trial's params.
@@ -42,11 +44,12 @@ class LiveSearch(Callback):
     def __init__(
         self,
         ledger_url: str,
+        lease: DriverLease,
         tracking: SearchTracking,
         say: Callable[[str], None],
         worker_resources: Callable[[dict[str, Any]], tuple[float, float]],
     ):
-        self._ledger_url, self._tracking, self._say = ledger_url, tracking, say
+        self._ledger_url, self._lease, self._tracking, self._say = ledger_url, lease, tracking, say
         self._worker_resources = worker_resources
         self._ledger: SearchLedger | None = None
 
@@ -55,6 +58,7 @@ class LiveSearch(Callback):
         self._resources: dict[str, tuple[float, float]] = {}
         self._clock = self._saved = time.monotonic()
         self._checked = False
+        self._taken_over: SearchTakenOverError | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         if self._checked:
@@ -71,6 +75,8 @@ class LiveSearch(Callback):
         self._clock = now
         if now - self._saved > SAVE_SECONDS:
             self._save()
+        if self._taken_over is not None:
+            raise self._taken_over
 
     def _held(self, trial: Trial) -> tuple[float, float]:
         if trial.trial_id not in self._resources:
@@ -78,11 +84,19 @@ class LiveSearch(Callback):
         return self._resources[trial.trial_id]
 
     def _save(self) -> None:
+        try:
+            self._lease.renew()
+        except SearchTakenOverError as error:
+            # Raised at the step's end: Ray Tune would take an error in a trial's callback for the trial's own.
+            self._taken_over = error
+            return
         write_json(self._ledger_url, self._ledger.model_dump())
         self._saved = time.monotonic()
 
     def _publish(self) -> None:
         self._save()
+        if self._taken_over is not None:
+            return
         try:
             self._tracking.sync(self._ledger)
         except Exception as error:  # noqa: BLE001
