@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from data_pipelines.image_dataset import open_dataset, task_cpus
 from training.config import TrainingConfig
-from training.trainer import build_trainer, fit
+from training.trainer import build_trainer, fit_fold
 from tune.json_files import read_json, write_json
 from tune.search_folder import FoldRecords, SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, mean_score
@@ -28,8 +28,7 @@ TrainFold = Callable[[TrainingConfig, Any, int, str, str], dict[str, float]]
 
 def train_fold(config: TrainingConfig, version: Any, fold: int, storage_path: str, name: str) -> dict[str, float]:
     """Trains on the other folds; returns pauc and auc of this one. A run of the same name goes on where it was cut."""
-    model = fit(build_trainer(config, version, fold, storage_path, name))
-    return {"pauc": float(model.metrics["pauc"]), "auc": float(model.metrics["auc"])}
+    return fit_fold(build_trainer(config, version, fold, storage_path, name), version, fold)
 
 
 def cross_validate(sample: dict[str, Any], settings: dict[str, Any]) -> None:
