@@ -18,7 +18,7 @@ from ray_jobs.train_model import TrainModelConfig
 from training.image_models import check_training
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
 from tune.driver_lease import SearchTakenOverError
-from tune.search_folder import SearchFolder
+from tune.search_folder import SearchFolder, without_credentials
 from tune.search_ledger import METRIC, SearchLedger, search_line
 from tune.search_plots import write_search_report
 from tune.search_space import SearchSpace, check_space, networks, trial_config
@@ -96,12 +96,18 @@ def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> d
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)
     check_networks(plan, version)
-    identity = plan.identity(version.digest)
+    params = plan.identity(version.digest)
+    # Ray Tune brings back the callback that logs to MLflow as it was: another address would be half of the search's.
+    identity = params | {
+        "tracking_uri": without_credentials(base.tracking_uri),
+        "artifact_root": without_credentials(base.artifact_root),
+        "model_name": base.model_name,
+    }
     folder.check(identity, config.resume)
     connect_ray()
     search_id = folder.claim(identity, config.resume)
     try:
-        result = _search(config, plan, folder, name, search_id, identity, train)
+        result = _search(config, plan, folder, name, search_id, params, train)
     finally:
         folder.lease.release()
     return result

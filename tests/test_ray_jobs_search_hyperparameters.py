@@ -104,3 +104,24 @@ def test_a_search_has_one_driver_until_it_ends_however_it_ends(monkeypatch, tmp_
             job.run(*flags)
         assert job.lease is None
     assert held == [os.getpid()] * 2 and job.statuses == ["FAILED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "then", "now"),
+    [
+        ("tracking_uri", "postgresql://ada:s3cret@db.site/mlflow", "postgresql://ada:s3cret@other.site/mlflow"),
+        ("artifact_root", "s3://bucket/artifacts", "s3://bucket/other"),
+        ("model_name", "dermray", "other"),
+    ],
+)
+def test_a_search_goes_on_where_it_was_logged(monkeypatch, tmp_path, field, then, now):
+    job = Job(monkeypatch, tmp_path)
+    with pytest.raises(RuntimeError, match="the cluster is gone"):
+        job.run(f"--train-model.{field}", then)
+    with pytest.raises(ValueError, match=f"was started otherwise: {field} was ") as refused:
+        job.run(f"--train-model.{field}", now, "--resume", "true")
+    marker = (tmp_path / "searches" / "night" / "search.json").read_text()
+    assert "s3cret" not in marker + str(refused.value)
+    # A new password is no other address.
+    with pytest.raises(RuntimeError, match="the cluster is gone"):
+        job.run(f"--train-model.{field}", then.replace("s3cret", "n3w"), "--resume", "true")

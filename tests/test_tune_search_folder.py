@@ -4,7 +4,7 @@ import pytest
 
 from training.config import TrainingConfig
 from tune.json_files import write_json
-from tune.search_folder import FoldRecords, SearchFolder
+from tune.search_folder import FoldRecords, SearchFolder, without_credentials
 from tune.search_space import with_overrides
 
 IDENTITY = {"dataset": "d1", "space": {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}}, "seed": 0}
@@ -22,6 +22,27 @@ def test_a_search_is_resumed_with_what_it_was_started_with(tmp_path):
         folder.claim({**IDENTITY, "dataset": "d2"}, resume=True)
     with pytest.raises(ValueError, match=r"space.model.low was None, now 1"):
         folder.claim({**IDENTITY, "space": {**IDENTITY["space"], "model": {"low": 1}}}, resume=True)
+
+
+def test_a_moved_search_is_not_resumed_into_its_old_folder(tmp_path):
+    SearchFolder(str(tmp_path / "old"), "night").claim(IDENTITY, resume=False)
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"folder was '.*/old/night', now '.*/new/night'; resume it with"):
+        SearchFolder(str(tmp_path / "new"), "night").claim(IDENTITY, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("postgresql://ada:s3cret@db.site:5432/mlflow?password=s3cret", "postgresql://db.site:5432/mlflow"),
+        ("https://ada:p@ss@mlflow.site/team", "https://mlflow.site/team"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("/data/artifacts", "/data/artifacts"),
+        ("s3://bucket/artifacts", "s3://bucket/artifacts"),
+    ],
+)
+def test_no_secret_of_a_url_is_kept(url, kept):
+    assert without_credentials(url) == kept
 
 
 def test_a_search_is_neither_mixed_with_another_nor_resumed_where_there_is_none(tmp_path):

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from training.config import TrainingConfig
 from tune.driver_lease import DriverLease
@@ -29,6 +30,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, inner in value.items()
         for dotted, leaf in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
     }
+
+
+def without_credentials(url: str) -> str:
+    """The URL without user, password and query, any of which may be a secret; a path stays as it is."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 class SearchFolder:
@@ -46,25 +55,26 @@ class SearchFolder:
         """Makes the folder this search's and this process its driver; returns the search's id.
 
         Args:
-            identity: what decides the trials' results, as JSON values.
+            identity: what decides the trials' results and where they are logged, as JSON values without secrets.
 
         Raises:
             ValueError: as `check`.
         """
-        known = self.check(identity, resume) or {"id": uuid.uuid4().hex, "started_with": identity}
+        known = self.check(identity, resume)
         self.lease.take()
         if not resume:
             write_json(self._marker, known)
         return known["id"]
 
-    def check(self, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-        """What the folder's search is, or None where there is none; writes nothing.
+    def check(self, identity: dict[str, Any], resume: bool) -> dict[str, Any]:
+        """What `claim` would write of the search, or has written: `id` and `started_with`. Writes nothing.
 
         Raises:
             ValueError: it exists and `resume` is false, or it does not or is another search and `resume` is true, or
                 another driver runs it.
         """
-        identity = json.loads(json.dumps(identity))
+        # Ray Tune's state and the records of folds name the folder; a copy of it would write to the first one.
+        identity = {**json.loads(json.dumps(identity)), "folder": without_credentials(self.url)}
         known = read_json(self._marker)
         if not resume:
             if known is not None:
@@ -72,7 +82,7 @@ class SearchFolder:
                     f"search_name = {self.name!r}: there is such a search in {self.url}; "
                     "go on with it by --resume true, or give another name"
                 )
-            return None
+            return {"id": uuid.uuid4().hex, "started_with": identity}
         if known is None:
             raise ValueError(f"search_name = {self.name!r}: no such search in {self.url} to resume")
         then, now = _flat(known["started_with"]), _flat(identity)
