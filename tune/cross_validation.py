@@ -19,6 +19,7 @@ from tune.search_folder import FoldRecords, SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, mean_score
 from tune.search_space import SearchSpace, to_ray, trial_config
 from tune.search_tracking import SearchTracking
+from tune.tune_state import restored_tuner
 
 # A trial itself only waits. Trials that held CPUs while they waited for their workers would deadlock a small machine.
 TRIAL_CPUS = 0.1
@@ -152,6 +153,7 @@ def run_search(
     Raises:
         ValueError: the cluster cannot hold one trial, or not as many at a time as when the search began.
         SearchTakenOverError: another driver has taken the search over.
+        RuntimeError: Ray Tune's state cannot be read, or is older than finished trials.
     """
     import ray
     from ray import tune
@@ -189,8 +191,10 @@ def run_search(
         "train_fold": train,
     }
     trainable = tune.with_resources(tune.with_parameters(cross_validate, settings=settings), {"CPU": TRIAL_CPUS})
-    tuner = _restored(folder, trainable, plan, say)
+    tuner = restored_tuner(folder.tune_path, trainable, to_ray(plan.space), say)
     if tuner is None:
+        if known is not None:
+            say("Ray Tune left no state: trials are drawn again, finished folds are kept")
         tuner = tune.Tuner(
             trainable,
             param_space=to_ray(plan.space),
@@ -213,26 +217,3 @@ def run_search(
         )
     tuner.fit()
     return SearchLedger.model_validate(read_json(folder.ledger))
-
-
-def _restored(folder: SearchFolder, trainable: Any, plan: SearchPlan, say: Callable[[str], None]) -> Any:
-    """Ray Tune's search as it was left, or None where there is none to read.
-
-    Without its state the search starts from trial 1. The same seed proposes the same trials, and their finished folds
-    are there: nothing is trained again where one trial runs at a time.
-    """
-    from ray import tune
-
-    if not tune.Tuner.can_restore(folder.tune_path):
-        return None
-    tuner = tune.Tuner.restore(folder.tune_path, trainable, resume_errored=True, param_space=to_ray(plan.space))
-    try:
-        # Left to `fit`, Ray Tune would log an unreadable state and start a new search beside the old one.
-        known = len(tuner.get_results())
-    except RuntimeError:
-        known = 0
-    if known == 0:
-        say("Ray Tune left no state that can be read: trials are drawn again, finished folds are kept")
-        return None
-    say(f"{known} trials are known; those that were cut off or failed go on")
-    return tuner
