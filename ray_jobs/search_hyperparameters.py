@@ -16,6 +16,7 @@ from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
 from training.image_models import check_training
+from tune.cluster_room import cluster_room
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
 from tune.driver_lease import SearchTakenOverError
 from tune.search_folder import SearchFolder, without_credentials
@@ -105,6 +106,8 @@ def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> d
     }
     folder.check(identity, config.resume)
     connect_ray()
+    # Before the folder is claimed: on a larger cluster the same command starts the search.
+    cluster_room(plan.base, plan.max_concurrent)
     search_id = folder.claim(identity, config.resume)
     try:
         result = _search(config, plan, folder, name, search_id, params, train)

@@ -66,6 +66,7 @@ class Job:
             "open_dataset": lambda location: version,
             "check_networks": lambda plan, version: None,
             "connect_ray": lambda: None,
+            "cluster_room": lambda base, most: (1, []),
             "SearchTracking": lambda *settings: self,
             "run_search": lambda *arguments: self.searching(),
         }.items():
@@ -125,3 +126,15 @@ def test_a_search_goes_on_where_it_was_logged(monkeypatch, tmp_path, field, then
     # A new password is no other address.
     with pytest.raises(RuntimeError, match="the cluster is gone"):
         job.run(f"--train-model.{field}", then.replace("s3cret", "n3w"), "--resume", "true")
+
+
+def test_a_cluster_that_is_too_small_leaves_nothing_behind(monkeypatch, tmp_path):
+    job = Job(monkeypatch, tmp_path)
+
+    def too_small(base, most):
+        raise ValueError("the cluster is too small for a trial")
+
+    monkeypatch.setattr(search_hyperparameters, "cluster_room", too_small)
+    with pytest.raises(ValueError, match="too small"):
+        job.run()
+    assert not (tmp_path / "searches").exists()

@@ -20,7 +20,7 @@ from tests.house import REPO_ROOT
 from tests.tiny_bundle import tiny_task
 from training.config import TrainingConfig
 from tune import cross_validation
-from tune.cross_validation import train_fold, trials_that_fit
+from tune.cross_validation import train_fold
 
 # The stand-in counts its calls in files. It holds the first training of trial 2's second fold, unless told to go on: a
 # cluster takes seconds to end the trials of a killed driver, and a fold that ended in them would be kept.
@@ -50,15 +50,6 @@ names = ("PYTHONPATH", "DERMRAY_HOME")
 ray.init(runtime_env={"env_vars": {name: os.environ[name] for name in names}}, logging_level="warning")
 print(json.dumps(run(SearchHyperparametersConfig.model_validate(json.loads(sys.argv[1])), train)))
 """
-
-
-def test_only_as_many_trials_as_leave_room_to_read():
-    assert trials_that_fit({"CPU": 2.0}, read_cpus=0.5, cpus=0.5, gpus=0) == 2
-    # Three would hold 1.8 of 2 CPUs and wait for their pictures forever.
-    assert trials_that_fit({"CPU": 2.3}, read_cpus=0.5, cpus=0.5, gpus=0) == 3
-    assert trials_that_fit({"CPU": 1.0}, read_cpus=0.5, cpus=0.5, gpus=0) == 0
-    assert trials_that_fit({"CPU": 64.0, "GPU": 4.0}, read_cpus=1.0, cpus=4.0, gpus=2.0) == 2
-    assert trials_that_fit({"CPU": 64.0}, read_cpus=1.0, cpus=4.0, gpus=1.0) == 0
 
 
 def test_a_fold_is_scored_over_the_rows_of_all_its_workers(tmp_path, monkeypatch):

@@ -40,9 +40,7 @@ class Search:
     def __init__(self, url, ledger=None):
         write_json(url, (ledger or SearchLedger(num_trials=2, num_folds=2)).model_dump())
         self.url, self.lines, self.tracking, self.trials = url, [], Tracking(), []
-        self.live = LiveSearch(
-            url, DriverLease(f"{url}.driver"), self.tracking, self.lines.append, lambda params: (1.0, 2.0)
-        )
+        self.live = LiveSearch(url, DriverLease(f"{url}.driver"), self.tracking, self.lines.append, (1.0, 2.0))
         self.live.setup()
 
     def trial(self, number):

@@ -38,7 +38,7 @@ class LiveSearch(Callback):
         lease: of the search; renewed whenever the ledger is saved.
         tracking: its parent run has been started.
         say: prints a line; importable, as it is pickled.
-        worker_resources: (CPUs, GPUs) that a trial's train workers hold, by the trial's params.
+        held: CPUs and GPUs that the train workers of a running trial hold.
     """
 
     def __init__(
@@ -47,15 +47,14 @@ class LiveSearch(Callback):
         lease: DriverLease,
         tracking: SearchTracking,
         say: Callable[[str], None],
-        worker_resources: Callable[[dict[str, Any]], tuple[float, float]],
+        held: tuple[float, float],
     ):
         self._ledger_url, self._lease, self._tracking, self._say = ledger_url, lease, tracking, say
-        self._worker_resources = worker_resources
+        self._held = held
         self._ledger: SearchLedger | None = None
 
     def setup(self, **_: Any) -> None:
         self._ledger = SearchLedger.model_validate(read_json(self._ledger_url))
-        self._resources: dict[str, tuple[float, float]] = {}
         self._clock = self._saved = time.monotonic()
         self._checked = False
         self._taken_over: SearchTakenOverError | None = None
@@ -70,18 +69,14 @@ class LiveSearch(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         now = time.monotonic()
-        held = [self._held(trial) for trial in trials if trial.status == Trial.RUNNING]
-        self._ledger.spend(now - self._clock, sum(cpus for cpus, _ in held), sum(gpus for _, gpus in held))
+        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        cpus, gpus = self._held
+        self._ledger.spend(now - self._clock, running * cpus, running * gpus)
         self._clock = now
         if now - self._saved > SAVE_SECONDS:
             self._save()
         if self._taken_over is not None:
             raise self._taken_over
-
-    def _held(self, trial: Trial) -> tuple[float, float]:
-        if trial.trial_id not in self._resources:
-            self._resources[trial.trial_id] = self._worker_resources(trial.config)
-        return self._resources[trial.trial_id]
 
     def _save(self) -> None:
         try:

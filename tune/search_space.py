@@ -142,6 +142,11 @@ def check_space(space: SearchSpace, base: TrainingConfig, task: TaskSpec) -> Non
     """
     setters: dict[str, str] = {}
     for dotted, distribution in space.items():
+        if dotted.partition(".")[0] == "workers":
+            raise ValueError(
+                f"search space field {dotted!r}: a trial could hold more than the search has reserved for it; set it "
+                f"for all trials by train_model.training.{dotted}"
+            )
         for value in distribution.ends:
             with_overrides(base, {dotted: value}).check_task(task)
             for field in _leaves(dotted, value):
