@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
+from training.evaluation_notes import check_trainable
 from training.image_models import check_training
 from tune.cluster_room import cluster_room
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
@@ -93,6 +94,9 @@ def make_plan(config: SearchHyperparametersConfig, version: DatasetVersion) -> S
 def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> dict[str, Any]:
     base = config.train_model
     version = open_dataset(base.dataset)
+    check_trainable(version)
+    if version.images_path is None:
+        raise ValueError(f"dataset {version.path} has no pictures; the search trains image models alone")
     plan = make_plan(config, version)
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)

@@ -1,5 +1,6 @@
 """What cannot work is refused in one line, before any trial is paid for."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tests.tiny_bundle import tiny_task
 from tune.json_files import read_json
 
 CONFIG = REPO_ROOT / "configs" / "search_hyperparameters.yaml"
-VERSION = DatasetVersion(Path("/data/isic2024"), tiny_task(), "d" * 64, "images.hdf5", pd.DataFrame(), 5)
+LESIONS = pd.DataFrame({"id": list("abcde"), "fold": [0, 0, 1, 1, -1], "label": [0, 1, 0, 1, 0]})
+VERSION = DatasetVersion(Path("/data/isic2024"), tiny_task(), "d" * 64, "images.hdf5", LESIONS, 5)
 
 
 def config(*flags):
@@ -136,5 +138,19 @@ def test_a_cluster_that_is_too_small_leaves_nothing_behind(monkeypatch, tmp_path
 
     monkeypatch.setattr(search_hyperparameters, "cluster_room", too_small)
     with pytest.raises(ValueError, match="too small"):
+        job.run()
+    assert not (tmp_path / "searches").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images_path": None}, "has no pictures; the search trains image models"),
+        ({"lesions": LESIONS[LESIONS["label"] == 0]}, "0 of its 2 training rows are malignant"),
+    ],
+)
+def test_a_data_set_that_trains_nothing_is_refused_first(monkeypatch, tmp_path, fields, message):
+    job = Job(monkeypatch, tmp_path, dataclasses.replace(VERSION, **fields))
+    with pytest.raises(ValueError, match=message):
         job.run()
     assert not (tmp_path / "searches").exists()

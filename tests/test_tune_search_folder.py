@@ -54,6 +54,13 @@ def test_a_search_is_neither_mixed_with_another_nor_resumed_where_there_is_none(
         folder.claim(IDENTITY, resume=False)
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "searches").write_text("a file stands in the way")
+    folder = SearchFolder(str(tmp_path / "searches"), "night")
+    with pytest.raises(ValueError, match=r"searches = '.*/searches': the search's folder cannot be written: \w+"):
+        folder.claim(IDENTITY, resume=False)
+
+
 class Trainings:
     """Stands for Ray Train: leaves a run folder with a checkpoint, as a run does, and may be cut off."""
 

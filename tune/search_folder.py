@@ -50,6 +50,7 @@ class SearchFolder:
         self.ledger = f"{self.url}/ledger.json"
         self.lease = DriverLease(f"{self.url}/driver.json")
         self._marker = f"{self.url}/search.json"
+        self._unusable = f"searches = {searches!r}: the search's folder"
 
     def claim(self, identity: dict[str, Any], resume: bool) -> str:
         """Makes the folder this search's and this process its driver; returns the search's id.
@@ -58,12 +59,15 @@ class SearchFolder:
             identity: what decides the trials' results and where they are logged, as JSON values without secrets.
 
         Raises:
-            ValueError: as `check`.
+            ValueError: as `check`, or the folder cannot be written.
         """
         known = self.check(identity, resume)
-        self.lease.take()
-        if not resume:
-            write_json(self._marker, known)
+        try:
+            self.lease.take()
+            if not resume:
+                write_json(self._marker, known)
+        except OSError as error:
+            raise ValueError(f"{self._unusable} cannot be written: {error.strerror or error}") from error
         return known["id"]
 
     def check(self, identity: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -71,11 +75,14 @@ class SearchFolder:
 
         Raises:
             ValueError: it exists and `resume` is false, or it does not or is another search and `resume` is true, or
-                another driver runs it.
+                another driver runs it, or it cannot be read.
         """
         # Ray Tune's state and the records of folds name the folder; a copy of it would write to the first one.
         identity = {**json.loads(json.dumps(identity)), "folder": without_credentials(self.url)}
-        known = read_json(self._marker)
+        try:
+            known = read_json(self._marker)
+        except OSError as error:
+            raise ValueError(f"{self._unusable} cannot be read: {error.strerror or error}") from error
         if not resume:
             if known is not None:
                 raise ValueError(
