@@ -1,5 +1,6 @@
 """The driver's view of a search: lines and ledger after every fold, cost of the trials that run, MLflow or not."""
 
+import errno
 import pickle
 from types import SimpleNamespace
 
@@ -138,6 +139,45 @@ def test_a_failed_trial_says_why(tmp_path, clock):
     search.tell("error", trial)
     assert search.ledger().trials["id1"].error == "RuntimeError: out of memory"
     assert search.lines[-1] == "trial 1 failed: RuntimeError: out of memory"
+
+
+def test_a_trial_that_never_started_fails_like_any_other(tmp_path, clock):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(2)
+    search.tell("error", trial)
+    entry = search.ledger().trials["id2"]
+    assert (entry.number, entry.state, entry.params) == (2, "failed", PARAMS)
+    assert search.lines == ["trial 2 failed: no message"]
+
+
+def test_a_ledger_that_cannot_be_saved_for_a_while_loses_nothing(tmp_path, clock, monkeypatch):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(1)
+    search.tell("start", trial)
+
+    def full(url, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_search, "write_json", full)
+        search.fold(trial, 1, 0.12)
+        assert search.lines[-1] == "the ledger is not saved: No space left on device; it is tried again"
+        clock.now += 16
+        search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger().trials["id1"].folds == []
+    clock.now += 16
+    search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger().trials["id1"].folds[0].pauc == 0.12
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_search, "write_json", full)
+        search.fold(trial, 2, 0.14)
+        search.tell("complete", trial)
+        # What the job reports is read from the file: the last save must not be missing silently.
+        with pytest.raises(OSError, match="No space left"):
+            search.live.on_experiment_end(trials=search.trials)
+    search.live.on_experiment_end(trials=search.trials)
+    assert search.ledger().trials["id1"].state == "finished"
 
 
 def test_a_driver_that_was_replaced_stops_and_writes_nothing_more(tmp_path, clock):

@@ -12,7 +12,7 @@ from ray.tune.experiment import Trial
 
 from tune.driver_lease import DriverLease, SearchTakenOverError
 from tune.json_files import read_json, write_json
-from tune.search_ledger import SearchLedger, fold_line, search_line, shown_params
+from tune.search_ledger import SearchLedger, TrialEntry, fold_line, search_line, shown_params
 from tune.search_tracking import SearchTracking
 
 # How often the clock is saved between folds: a driver that is killed forgets at most this much of the cost.
@@ -56,7 +56,7 @@ class LiveSearch(Callback):
     def setup(self, **_: Any) -> None:
         self._ledger = SearchLedger.model_validate(read_json(self._ledger_url))
         self._clock = self._saved = time.monotonic()
-        self._checked = False
+        self._checked = self._behind = False
         self._taken_over: SearchTakenOverError | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:
@@ -81,11 +81,15 @@ class LiveSearch(Callback):
     def _save(self) -> None:
         try:
             self._lease.renew()
+            write_json(self._ledger_url, self._ledger.model_dump())
+            self._behind = False
         except SearchTakenOverError as error:
             # Raised at the step's end: Ray Tune would take an error in a trial's callback for the trial's own.
             self._taken_over = error
-            return
-        write_json(self._ledger_url, self._ledger.model_dump())
+        except OSError as error:
+            # As for MLflow below: the next save, seconds later, has all that this one lacks.
+            self._behind = True
+            self._say(f"the ledger is not saved: {error.strerror or error}; it is tried again")
         self._saved = time.monotonic()
 
     def _publish(self) -> None:
@@ -119,13 +123,25 @@ class LiveSearch(Callback):
         self._publish()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        entry = self._ledger.end(trial.trial_id)
+        entry = self._ended(trial)
         if entry.state == "pruned":
             self._say(f"trial {entry.number} is pruned: {len(entry.folds)} of {self._ledger.num_folds} folds trained")
         self._publish()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
-        entry = self._ledger.end(trial.trial_id, lines[-1] if lines else "no message")
+        entry = self._ended(trial, lines[-1] if lines else "no message")
         self._say(f"trial {entry.number} failed: {entry.error}")
         self._publish()
+
+    def _ended(self, trial: Trial, error: str | None = None) -> TrialEntry:
+        if trial.trial_id not in self._ledger.trials:
+            # Its actor could not be started.
+            self._ledger.start(trial.trial_id, trial_number(trial), trial.config)
+        return self._ledger.end(trial.trial_id, error)
+
+    def on_experiment_end(self, trials: list[Trial], **_: Any) -> None:
+        # The search's outcome is read from the file.
+        if self._behind and self._taken_over is None:
+            self._lease.renew()
+            write_json(self._ledger_url, self._ledger.model_dump())
