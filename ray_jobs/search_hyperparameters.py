@@ -21,7 +21,7 @@ from tune.cluster_room import cluster_room
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
 from tune.driver_lease import SearchTakenOverError
 from tune.search_folder import SearchFolder, without_credentials
-from tune.search_ledger import METRIC, SearchLedger, search_line
+from tune.search_ledger import METRIC, SearchLedger, outcomes_line, search_line
 from tune.search_plots import write_search_report
 from tune.search_space import SearchSpace, check_space, networks, trial_config
 from tune.search_tracking import SearchTracking
@@ -166,9 +166,12 @@ def _finish(
 
     tracking.sync(ledger)
     best = ledger.best()
-    if best is None:
-        errors = [entry.error for entry in ledger.entries()]
-        raise RuntimeError(f"all {len(errors)} trials failed; the first: {errors[0]}")
+    if best is None or len(best.folds) < plan.num_folds:
+        errors = [entry.error for entry in ledger.entries() if entry.error]
+        why = f"; the first failure: {errors[0]}" if errors else ""
+        raise RuntimeError(
+            f"no trial trained all {plan.num_folds} folds, so none is the best ({outcomes_line(ledger)}){why}"
+        )
     chosen = config.train_model.model_copy(
         update={"dataset": plan.dataset, "training": trial_config(plan.base, plan.space, best.params)}
     )

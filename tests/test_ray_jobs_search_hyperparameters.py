@@ -14,6 +14,7 @@ from ray_jobs.search_hyperparameters import SearchHyperparametersConfig, check_n
 from tests.house import REPO_ROOT
 from tests.tiny_bundle import tiny_task
 from tune.json_files import read_json
+from tune.search_ledger import SearchLedger
 
 CONFIG = REPO_ROOT / "configs" / "search_hyperparameters.yaml"
 LESIONS = pd.DataFrame({"id": list("abcde"), "fold": [0, 0, 1, 1, -1], "label": [0, 1, 0, 1, 0]})
@@ -76,6 +77,9 @@ class Job:
 
     def start(self, name, params):
         return "4f1d"
+
+    def sync(self, ledger):
+        self.synced = ledger
 
     def finish(self, status):
         self.statuses.append(status)
@@ -154,3 +158,18 @@ def test_a_data_set_that_trains_nothing_is_refused_first(monkeypatch, tmp_path, 
     with pytest.raises(ValueError, match=message):
         job.run()
     assert not (tmp_path / "searches").exists()
+
+
+def test_a_search_without_a_finished_trial_has_no_best_config(monkeypatch, tmp_path):
+    job = Job(monkeypatch, tmp_path)
+    ledger = SearchLedger(num_trials=2, num_folds=5)
+    for number, error in ((1, "RuntimeError: out of memory"), (2, None)):
+        ledger.start(str(number), number, {})
+        ledger.report(str(number), 1, 0.15, 0.9, 60)
+        ledger.end(str(number), error)
+    job.searching = lambda: ledger
+    expected = r"no trial trained all 5 folds.*1 pruned, 1 failed\); the first failure: RuntimeError: out of memory"
+    with pytest.raises(RuntimeError, match=expected):
+        job.run("--num-trials", "2")
+    assert job.statuses == ["FAILED"]
+    assert not (tmp_path / "searches" / "night" / "best_config.yaml").exists()
