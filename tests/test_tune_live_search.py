@@ -20,13 +20,14 @@ class Tracking:
     """Stands for MLflow, which may be away."""
 
     away = False
+    message = "no answer\nfrom the server"
 
     def __init__(self):
         self.seen = []
 
     def sync(self, ledger):
         if self.away:
-            raise ConnectionError("no answer\nfrom the server")
+            raise ConnectionError(self.message)
         self.seen.append({entry.number: (entry.state, len(entry.folds)) for entry in ledger.entries()})
 
 
@@ -107,6 +108,9 @@ def test_a_search_goes_on_while_mlflow_is_away(tmp_path, clock):
     search.tell("start", trial)
     search.fold(trial, 1, 0.12)
     assert search.lines[-1] == "MLflow is not up to date: no answer"
+    search.tracking.message = ""
+    search.tell("start", trial)
+    assert search.lines[-1] == "MLflow is not up to date: ConnectionError"
     search.tracking.away = False
     search.fold(trial, 2, 0.14)
     assert search.tracking.seen == [{1: ("running", 2)}]

@@ -100,7 +100,7 @@ class LiveSearch(Callback):
             self._tracking.sync(self._ledger)
         except Exception as error:  # noqa: BLE001
             # A search of days goes on while its log is away; the next fold, or the end, brings MLflow up to date.
-            self._say(f"MLflow is not up to date: {str(error).splitlines()[0]}")
+            self._say(f"MLflow is not up to date: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         entry = self._ledger.start(trial.trial_id, trial_number(trial), trial.config)
