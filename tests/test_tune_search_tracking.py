@@ -21,7 +21,15 @@ def test_a_restarted_search_adds_nothing_twice(tmp_path):
     ledger = ledger_of([[0.17, 0.12, 0.13], [0.16]])
     lost = ledger.start("lost", 3, {"optimizer.learning_rate": 0.1})
     first.sync(ledger)
+    unreliable = Unreliable(registry.client, 1, carried_out=False)
+    unreliable.WRITES = ("get_metric_history",)
+    half = tracking()
+    half._registry._connected = unreliable
+    with pytest.raises(ConnectionError):
+        half.sync(ledger)
+    half.sync(ledger)
     first.sync(ledger)
+    assert len(registry.children(parent)) == 3
     assert {run.info.run_name for run in registry.children(parent)} == {"trial_1", "trial_2", "trial_3"}
 
     again = tracking()

@@ -67,17 +67,17 @@ class SearchTracking:
             self._parent = self._registry.find_run({"dermray.search": self._id})
             assert self._parent is not None, "the search's parent run was not started"
         if not self._children:
-            client = self._registry.client
+            client, children = self._registry.client, {}
             for run in self._registry.children(self._parent):
                 folds = len({point.step for point in client.get_metric_history(run.info.run_id, "folds")})
                 data = run.data
-                self._children[data.tags[_TRIAL]] = _Child(
-                    run.info.run_id, folds, data.tags["state"], bool(data.params)
-                )
+                children[data.tags[_TRIAL]] = _Child(run.info.run_id, folds, data.tags["state"], bool(data.params))
             history = client.get_metric_history(self._parent, "wall_hours")
             self._steps = max((point.step for point in history), default=0)
             metrics = client.get_run(self._parent).data.metrics
             self._counts = {state: metrics.get(f"trials_{state}", 0) for state in _COUNTED}
+            # Only when all were read: a trial left out would get a second run.
+            self._children = children
         return self._parent
 
     def sync(self, ledger: SearchLedger) -> None:
