@@ -77,7 +77,7 @@ class MlflowRuns:
         """Starts a run and returns its id; `finish` ends it."""
         experiment = self.client.get_experiment_by_name(self.model_name).experiment_id
         run_id = self.client.create_run(experiment, run_name=name, tags=dict(tags or {})).info.run_id
-        self._log_params(run_id, params)
+        self.log_params(run_id, params)
         return run_id
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
@@ -127,11 +127,14 @@ class MlflowRuns:
         """Ends a run: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
 
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Logs params, nested ones dotted, and all of them as the file params.json. Repeated, it changes nothing."""
         from mlflow.entities import Param
 
         if not params:
             return
+        # MLflow cuts a parameter at 6000 characters; the file has all of it. It comes first: a run with params has it.
+        self.client.log_dict(run_id, json.loads(json.dumps(params, default=str)), "params.json")
         flat = _flat(params)
         entries = [
             Param(name, value if isinstance(value, str) else json.dumps(value, default=str))
@@ -139,5 +142,3 @@ class MlflowRuns:
         ]
         for start in range(0, len(entries), 100):  # MLflow's limit per call
             self.client.log_batch(run_id, params=entries[start : start + 100])
-        # MLflow cuts a parameter at 6000 characters; the file has all of it.
-        self.client.log_dict(run_id, json.loads(json.dumps(params, default=str)), "params.json")

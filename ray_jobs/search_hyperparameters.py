@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
 from ray_jobs.train_model import TrainModelConfig
+from training.evaluation_notes import check_trainable
 from training.image_models import check_training
+from tune.cluster_room import cluster_room
 from tune.cross_validation import SearchPlan, TrainFold, run_search, train_fold
-from tune.search_folder import SearchFolder
-from tune.search_ledger import METRIC, SearchLedger, search_line
+from tune.driver_lease import SearchTakenOverError
+from tune.search_folder import SearchFolder, without_credentials
+from tune.search_ledger import METRIC, SearchLedger, outcomes_line, search_line
 from tune.search_plots import write_search_report
 from tune.search_space import SearchSpace, check_space, networks, trial_config
 from tune.search_tracking import SearchTracking
@@ -91,26 +94,63 @@ def make_plan(config: SearchHyperparametersConfig, version: DatasetVersion) -> S
 def run(config: SearchHyperparametersConfig, train: TrainFold = train_fold) -> dict[str, Any]:
     base = config.train_model
     version = open_dataset(base.dataset)
+    check_trainable(version)
+    if version.images_path is None:
+        raise ValueError(f"dataset {version.path} has no pictures; the search trains image models alone")
     plan = make_plan(config, version)
     name = config.search_name or f"search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = SearchFolder(config.searches, name)
     check_networks(plan, version)
-    search_id = folder.claim(plan.identity(version.digest), config.resume)
+    params = plan.identity(version.digest)
+    # Ray Tune brings back the callback that logs to MLflow as it was: another address would be half of the search's.
+    identity = params | {
+        "tracking_uri": without_credentials(base.tracking_uri),
+        "artifact_root": without_credentials(base.artifact_root),
+        "model_name": base.model_name,
+    }
+    folder.check(identity, config.resume)
     connect_ray()
+    # Before the folder is claimed: on a larger cluster the same command starts the search.
+    cluster_room(plan.base, plan.max_concurrent)
+    search_id = folder.claim(identity, config.resume)
+    try:
+        result = _search(config, plan, folder, name, search_id, params, train)
+    finally:
+        folder.lease.release()
+    return result
+
+
+def _search(
+    config: SearchHyperparametersConfig,
+    plan: SearchPlan,
+    folder: SearchFolder,
+    name: str,
+    search_id: str,
+    params: dict[str, Any],
+    train: TrainFold,
+) -> dict[str, Any]:
+    """The claimed search, in MLflow under `name` with `params`."""
+    base = config.train_model
     say(f"search {name}: {plan.num_trials} trials of up to {plan.num_folds} folds over {sorted(plan.space)}")
     tracking = SearchTracking(base.tracking_uri, base.model_name, base.artifact_root, search_id)
-    parent = tracking.start(name, plan.identity(version.digest))
-    status = "FAILED"
+    parent = tracking.start(name, params)
+    status: str | None = "FAILED"
     try:
         ledger = run_search(plan, folder, tracking, say, train)
         if ledger.count("running") or len(ledger.trials) < plan.num_trials:
             status = "KILLED"
             raise RuntimeError(f"the search was stopped; it goes on with --search-name {name} --resume true")
         say(search_line(ledger))
+        folder.lease.renew()
         result = _finish(config, plan, ledger, folder, tracking)
         status = "FINISHED"
+    except SearchTakenOverError:
+        # Its MLflow run is the other driver's.
+        status = None
+        raise
     finally:
-        tracking.finish(status)
+        if status is not None:
+            tracking.finish(status)
     return {**result, "mlflow_run": parent}
 
 
@@ -126,9 +166,12 @@ def _finish(
 
     tracking.sync(ledger)
     best = ledger.best()
-    if best is None:
-        errors = [entry.error for entry in ledger.entries()]
-        raise RuntimeError(f"all {len(errors)} trials failed; the first: {errors[0]}")
+    if best is None or len(best.folds) < plan.num_folds:
+        errors = [entry.error for entry in ledger.entries() if entry.error]
+        why = f"; the first failure: {errors[0]}" if errors else ""
+        raise RuntimeError(
+            f"no trial trained all {plan.num_folds} folds, so none is the best ({outcomes_line(ledger)}){why}"
+        )
     chosen = config.train_model.model_copy(
         update={"dataset": plan.dataset, "training": trial_config(plan.base, plan.space, best.params)}
     )

@@ -6,13 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
+from ray.train import Checkpoint
 
+from modeling.metrics import partial_auc_above_tpr
 from modeling.registry import Registry
 from tests.dark_spots import prepare_dark_spots
 from tests.house import REPO_ROOT
-from tune.cross_validation import trials_that_fit
+from tests.tiny_bundle import tiny_task
+from training.config import TrainingConfig
+from tune import cross_validation
+from tune.cross_validation import train_fold
 
 # The stand-in counts its calls in files. It holds the first training of trial 2's second fold, unless told to go on: a
 # cluster takes seconds to end the trials of a killed driver, and a fold that ended in them would be kept.
@@ -44,13 +52,28 @@ print(json.dumps(run(SearchHyperparametersConfig.model_validate(json.loads(sys.a
 """
 
 
-def test_only_as_many_trials_as_leave_room_to_read():
-    assert trials_that_fit({"CPU": 2.0}, read_cpus=0.5, cpus=0.5, gpus=0) == 2
-    # Three would hold 1.8 of 2 CPUs and wait for their pictures forever.
-    assert trials_that_fit({"CPU": 2.3}, read_cpus=0.5, cpus=0.5, gpus=0) == 3
-    assert trials_that_fit({"CPU": 1.0}, read_cpus=0.5, cpus=0.5, gpus=0) == 0
-    assert trials_that_fit({"CPU": 64.0, "GPU": 4.0}, read_cpus=1.0, cpus=4.0, gpus=2.0) == 2
-    assert trials_that_fit({"CPU": 64.0}, read_cpus=1.0, cpus=4.0, gpus=1.0) == 0
+def test_a_fold_is_scored_over_the_rows_of_all_its_workers(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    # Every second row is the other worker's, which has all the malignant lesions that were missed.
+    table = pd.DataFrame({"row": range(8), "label": [1, 1, 0, 1, 0, 0, 1, 0]})
+    risks = np.array([0.9, 0.1, 0.2, 0.2, 0.3, 0.6, 0.8, 0.7])
+    table["lp_benign"], table["lp_malignant"] = np.log1p(-risks), np.log(risks)
+    table[::2].to_parquet(checkpoint / "predictions_0.parquet")
+    table[1::2].to_parquet(checkpoint / "predictions_1.parquet")
+    share = {"pauc": partial_auc_above_tpr(table["label"][::2], risks[::2]), "auc": 1.0}
+    result = SimpleNamespace(checkpoint=Checkpoint.from_directory(str(checkpoint)), metrics=share)
+    trainer = SimpleNamespace(fit=lambda: result)
+    monkeypatch.setattr(cross_validation, "build_trainer", lambda *arguments: trainer)
+    version = SimpleNamespace(task=tiny_task(), positions=lambda folds: np.arange(8))
+
+    scores = train_fold(TrainingConfig(), version, 0, str(tmp_path), "trial_1_fold_0")
+    # 16 pairs: of the other worker's malignant lesions one outranks no benign one, the other one only ties with one.
+    assert scores["auc"] == pytest.approx(8.5 / 16)
+    assert scores["pauc"] == pytest.approx(partial_auc_above_tpr(table["label"], risks)) != pytest.approx(share["pauc"])
+    (checkpoint / "predictions_1.parquet").unlink()
+    with pytest.raises(AssertionError, match="fold 0: 4 predictions for 8 rows"):
+        train_fold(TrainingConfig(), version, 0, str(tmp_path), "trial_1_fold_0")
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,17 @@ def test_a_fold_judged_before_the_restart_is_not_judged_again():
     assert report(scheduler, cut_off, [0.1, 0.1]) == STOP
 
 
+def test_the_end_of_a_trial_is_saved_at_once():
+    saved = []
+    controller = SimpleNamespace(checkpoint=lambda **how: saved.append(how))
+    scheduler, trial = pruning(), a_trial("a")
+    scheduler.on_trial_add(controller, trial)
+    report(scheduler, trial, [0.15])
+    assert saved == []
+    scheduler.on_trial_complete(controller, trial, {"folds": 4, METRIC: 0.15})
+    assert saved == [{"force": True, "wait": True}]
+
+
 def test_trials_restored_after_an_error_wait_for_their_turn():
     scheduler = pruning(max_concurrent=1)
     running, failed, other = a_trial("a", Trial.RUNNING), a_trial("b", num_failures=1), a_trial("c", num_failures=1)

@@ -1,5 +1,6 @@
 """The driver's view of a search: lines and ledger after every fold, cost of the trials that run, MLflow or not."""
 
+import errno
 import pickle
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 from ray.tune.experiment import Trial
 
 from tune import live_search
+from tune.driver_lease import DriverLease, SearchTakenOverError
+from tune.json_files import read_json, write_json
 from tune.live_search import LiveSearch
-from tune.search_folder import read_json, write_json
 from tune.search_ledger import SearchLedger
 
 PARAMS = {"optimizer.learning_rate": 0.001}
@@ -18,13 +20,14 @@ class Tracking:
     """Stands for MLflow, which may be away."""
 
     away = False
+    message = "no answer\nfrom the server"
 
     def __init__(self):
         self.seen = []
 
     def sync(self, ledger):
         if self.away:
-            raise ConnectionError("no answer\nfrom the server")
+            raise ConnectionError(self.message)
         self.seen.append({entry.number: (entry.state, len(entry.folds)) for entry in ledger.entries()})
 
 
@@ -39,7 +42,7 @@ class Search:
     def __init__(self, url, ledger=None):
         write_json(url, (ledger or SearchLedger(num_trials=2, num_folds=2)).model_dump())
         self.url, self.lines, self.tracking, self.trials = url, [], Tracking(), []
-        self.live = LiveSearch(url, self.tracking, self.lines.append, lambda params: (1.0, 2.0))
+        self.live = LiveSearch(url, DriverLease(f"{url}.driver"), self.tracking, self.lines.append, (1.0, 2.0))
         self.live.setup()
 
     def trial(self, number):
@@ -105,6 +108,9 @@ def test_a_search_goes_on_while_mlflow_is_away(tmp_path, clock):
     search.tell("start", trial)
     search.fold(trial, 1, 0.12)
     assert search.lines[-1] == "MLflow is not up to date: no answer"
+    search.tracking.message = ""
+    search.tell("start", trial)
+    assert search.lines[-1] == "MLflow is not up to date: ConnectionError"
     search.tracking.away = False
     search.fold(trial, 2, 0.14)
     assert search.tracking.seen == [{1: ("running", 2)}]
@@ -137,6 +143,57 @@ def test_a_failed_trial_says_why(tmp_path, clock):
     search.tell("error", trial)
     assert search.ledger().trials["id1"].error == "RuntimeError: out of memory"
     assert search.lines[-1] == "trial 1 failed: RuntimeError: out of memory"
+
+
+def test_a_trial_that_never_started_fails_like_any_other(tmp_path, clock):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(2)
+    search.tell("error", trial)
+    entry = search.ledger().trials["id2"]
+    assert (entry.number, entry.state, entry.params) == (2, "failed", PARAMS)
+    assert search.lines == ["trial 2 failed: no message"]
+
+
+def test_a_ledger_that_cannot_be_saved_for_a_while_loses_nothing(tmp_path, clock, monkeypatch):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(1)
+    search.tell("start", trial)
+
+    def full(url, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_search, "write_json", full)
+        search.fold(trial, 1, 0.12)
+        assert search.lines[-1] == "the ledger is not saved: No space left on device; it is tried again"
+        clock.now += 16
+        search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger().trials["id1"].folds == []
+    clock.now += 16
+    search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger().trials["id1"].folds[0].pauc == 0.12
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_search, "write_json", full)
+        search.fold(trial, 2, 0.14)
+        search.tell("complete", trial)
+        # What the job reports is read from the file: the last save must not be missing silently.
+        with pytest.raises(OSError, match="No space left"):
+            search.live.on_experiment_end(trials=search.trials)
+    search.live.on_experiment_end(trials=search.trials)
+    assert search.ledger().trials["id1"].state == "finished"
+
+
+def test_a_driver_that_was_replaced_stops_and_writes_nothing_more(tmp_path, clock):
+    search = Search(f"{tmp_path}/ledger.json")
+    trial = search.trial(1)
+    search.tell("start", trial)
+    before, synced = search.ledger(), list(search.tracking.seen)
+    write_json(f"{search.url}.driver", read_json(f"{search.url}.driver") | {"driver": "another", "host": "gpu-7"})
+    search.fold(trial, 1, 0.12)
+    with pytest.raises(SearchTakenOverError, match="on gpu-7.* has taken over this search"):
+        search.live.on_step_end(iteration=0, trials=search.trials)
+    assert search.ledger() == before and search.tracking.seen == synced
 
 
 def test_what_ray_tune_pickles_holds_no_connection(tmp_path):

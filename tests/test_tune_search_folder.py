@@ -3,7 +3,8 @@
 import pytest
 
 from training.config import TrainingConfig
-from tune.search_folder import FoldRecords, SearchFolder, write_json
+from tune.json_files import write_json
+from tune.search_folder import FoldRecords, SearchFolder, without_credentials
 from tune.search_space import with_overrides
 
 IDENTITY = {"dataset": "d1", "space": {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}}, "seed": 0}
@@ -23,12 +24,40 @@ def test_a_search_is_resumed_with_what_it_was_started_with(tmp_path):
         folder.claim({**IDENTITY, "space": {**IDENTITY["space"], "model": {"low": 1}}}, resume=True)
 
 
+def test_a_moved_search_is_not_resumed_into_its_old_folder(tmp_path):
+    SearchFolder(str(tmp_path / "old"), "night").claim(IDENTITY, resume=False)
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"folder was '.*/old/night', now '.*/new/night'; resume it with"):
+        SearchFolder(str(tmp_path / "new"), "night").claim(IDENTITY, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("postgresql://ada:s3cret@db.site:5432/mlflow?password=s3cret", "postgresql://db.site:5432/mlflow"),
+        ("https://ada:p@ss@mlflow.site/team", "https://mlflow.site/team"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("/data/artifacts", "/data/artifacts"),
+        ("s3://bucket/artifacts", "s3://bucket/artifacts"),
+    ],
+)
+def test_no_secret_of_a_url_is_kept(url, kept):
+    assert without_credentials(url) == kept
+
+
 def test_a_search_is_neither_mixed_with_another_nor_resumed_where_there_is_none(tmp_path):
     folder = SearchFolder(str(tmp_path), "night")
     with pytest.raises(ValueError, match=r"no such search in .*night to resume"):
         folder.claim(IDENTITY, resume=True)
     folder.claim(IDENTITY, resume=False)
     with pytest.raises(ValueError, match="--resume true, or give another name"):
+        folder.claim(IDENTITY, resume=False)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "searches").write_text("a file stands in the way")
+    folder = SearchFolder(str(tmp_path / "searches"), "night")
+    with pytest.raises(ValueError, match=r"searches = '.*/searches': the search's folder cannot be written: \w+"):
         folder.claim(IDENTITY, resume=False)
 
 

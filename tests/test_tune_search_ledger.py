@@ -55,6 +55,14 @@ def test_folds_reported_again_after_a_restart_count_once():
     assert [entry.number for entry in ledger.keep({"t1"})] == [2] and list(ledger.trials) == ["t1"]
 
 
+def test_trials_that_are_over_are_never_forgotten():
+    ledger = ledger_of([[0.1, 0.1, 0.1], [0.1]])
+    ledger.start("t3", 3, {})
+    with pytest.raises(RuntimeError, match=r"does not know trials that are finished or pruned \(1, 2\)"):
+        ledger.keep(set())
+    assert list(ledger.trials) == ["t1", "t2", "t3"]
+
+
 def test_the_lines_say_what_came_what_it_cost_and_what_is_best():
     ledger = ledger_of([[0.17, 0.12, 0.13], [0.16]], num_trials=5)
     line = fold_line(ledger, ledger.trials["t1"])

@@ -6,6 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from tune import search_importance
+from tune.parallel_coordinates import plot_parallel_coordinates
 from tune.search_importance import importances
 from tune.search_ledger import SearchLedger
 from tune.search_plots import trials_table, write_search_report
@@ -67,6 +68,29 @@ def test_the_report_of_a_search_is_complete(tmp_path):
     # Its only fold is the easy one; over both it would have scored 0.01 less.
     assert pruned["mean_pauc"] - pruned["mean_pauc_adjusted"] == pytest.approx(0.01)
     assert table.iloc[-1]["error"] == "RuntimeError: out of memory"
+
+
+def test_a_failed_trial_is_not_drawn_as_a_pruned_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure.axes[0]))
+
+    def lines(ledger):
+        """Dashes of the trials' lines, and those that the legend explains."""
+        plot_parallel_coordinates(tmp_path / "plot.png", ledger, SPACE)
+        axes = drawn[-1]
+        thin = {str(patch.get_linestyle()) for patch in axes.patches}
+        explained = dict(zip(axes.get_legend().get_texts(), axes.get_legend().get_lines(), strict=True))
+        return thin, {text.get_text().partition(";")[0]: line.get_linestyle() for text, line in explained.items()}
+
+    ledger = searched(5)
+    before, legend = lines(ledger)
+    assert set(legend) == {"all folds", "pruned", "best"}
+    ledger.end("4", error="RuntimeError: out of memory")
+    after, legend = lines(ledger)
+    assert set(legend) == {"all folds", "pruned", "failed", "best"}
+    assert len(after) == len(before) + 1
 
 
 def test_importance_finds_the_hyperparameter_that_decides():

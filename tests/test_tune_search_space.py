@@ -53,6 +53,14 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
             },
             "expected at least one batch per worker, 64",
         ),
+        # Both ends are whole numbers, what is drawn between them is not.
+        ({"optimizer__epochs": {"kind": "uniform", "low": 2, "high": 8}}, "got a number with a fractional part"),
+        ({"optimizer__epochs": {"kind": "uniform", "low": 2, "high": 8, "log": True}}, "with a fractional part"),
+        (
+            {"workers__num_workers": {"kind": "integer", "low": 1, "high": 2}},
+            "'workers.num_workers': a trial could hold",
+        ),
+        ({"workers": {"kind": "choice", "values": [{"use_gpu": False}]}}, "train_model.training.workers"),
         ({"optimizer__malignant_weight": {"kind": "choice", "values": [0, 1]}}, "task spots has two classes"),
     ],
 )

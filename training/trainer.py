@@ -16,6 +16,7 @@ import ray.train.torch
 from data_pipelines.epoch_sampling import EpochCursor
 from data_pipelines.image_dataset import DatasetVersion, evaluation_dataset, execution_options, training_dataset
 from modeling.image_scorer import ImageScorer
+from modeling.metrics import partial_auc_above_tpr, risk, roc_auc
 from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.distillation import teacher_settings
@@ -119,10 +120,20 @@ class TrainedImageModel:
 
     def predictions(self, task: TaskSpec) -> tuple[np.ndarray, np.ndarray]:
         """Validation rows int64 (N,), ascending, and their log-probabilities float64 (N, K)."""
-        parts = sorted(self.checkpoint.glob("predictions_*.parquet"))
-        table = pd.concat([pd.read_parquet(part) for part in parts]).sort_values("row")
+        table = self._validation_table()
         columns = [f"lp_{name}" for name in task.classes]
         return table["row"].to_numpy(np.int64), table[columns].to_numpy(np.float64)
+
+    def validation_scores(self, task: TaskSpec) -> dict[str, float]:
+        """pauc and auc over the validation rows of all train workers, while `metrics` holds those of the first one's
+        share; NaN where only one class is present."""
+        malignant = task.malignant_mask[self._validation_table()["label"].to_numpy(np.int64)]
+        scores = risk(np.exp(self.predictions(task)[1]), task)
+        return {"pauc": float(partial_auc_above_tpr(malignant, scores)), "auc": float(roc_auc(malignant, scores))}
+
+    def _validation_table(self) -> pd.DataFrame:
+        parts = sorted(self.checkpoint.glob("predictions_*.parquet"))
+        return pd.concat([pd.read_parquet(part) for part in parts]).sort_values("row")
 
 
 def fit(trainer: ray.train.torch.TorchTrainer) -> TrainedImageModel:
@@ -133,3 +144,19 @@ def fit(trainer: ray.train.torch.TorchTrainer) -> TrainedImageModel:
     """
     result = trainer.fit()
     return TrainedImageModel(Path(result.checkpoint.path), dict(result.metrics or {}))
+
+
+def fit_fold(trainer: ray.train.torch.TorchTrainer, version: DatasetVersion, fold: int) -> dict[str, float]:
+    """Runs a fold's trainer to its end; returns `TrainedImageModel.validation_scores`.
+
+    Its checkpoint may lie on storage that this process does not mount.
+
+    Raises:
+        ray.train.TrainingFailedError: the run failed more often than `workers.max_failures`.
+    """
+    result = trainer.fit()
+    with result.checkpoint.as_directory() as directory:
+        model = TrainedImageModel(Path(directory), dict(result.metrics or {}))
+        scored, expected = len(model.predictions(version.task)[0]), len(version.positions([fold]))
+        assert scored == expected, f"fold {fold}: {scored} predictions for {expected} rows"
+        return model.validation_scores(version.task)

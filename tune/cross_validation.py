@@ -3,7 +3,6 @@ poor trial before later folds are paid for. A search that was cut off goes on: f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,24 +10,23 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_pipelines.image_dataset import open_dataset, task_cpus
+from data_pipelines.image_dataset import open_dataset
 from training.config import TrainingConfig
-from training.trainer import build_trainer, fit
-from tune.search_folder import FoldRecords, SearchFolder, read_json, write_json
+from training.trainer import build_trainer, fit_fold
+from tune.cluster_room import TRIAL_CPUS, cluster_room
+from tune.json_files import read_json, write_json
+from tune.search_folder import FoldRecords, SearchFolder
 from tune.search_ledger import METRIC, SearchLedger, mean_score
 from tune.search_space import SearchSpace, to_ray, trial_config
 from tune.search_tracking import SearchTracking
-
-# A trial itself only waits. Trials that held CPUs while they waited for their workers would deadlock a small machine.
-TRIAL_CPUS = 0.1
+from tune.tune_state import restored_tuner
 
 TrainFold = Callable[[TrainingConfig, Any, int, str, str], dict[str, float]]
 
 
 def train_fold(config: TrainingConfig, version: Any, fold: int, storage_path: str, name: str) -> dict[str, float]:
     """Trains on the other folds; returns pauc and auc of this one. A run of the same name goes on where it was cut."""
-    model = fit(build_trainer(config, version, fold, storage_path, name))
-    return {"pauc": float(model.metrics["pauc"]), "auc": float(model.metrics["auc"])}
+    return fit_fold(build_trainer(config, version, fold, storage_path, name), version, fold)
 
 
 def cross_validate(sample: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -100,41 +98,6 @@ class SearchPlan:
         }
 
 
-def worker_resources(
-    sample: dict[str, Any], base: TrainingConfig, space: SearchSpace, has_gpu: bool
-) -> tuple[float, float]:
-    """CPUs and GPUs that the train workers of a trial hold."""
-    workers = trial_config(base, space, sample).workers
-    use_gpu = has_gpu if workers.use_gpu is None else workers.use_gpu
-    return workers.num_workers * workers.cpus_per_worker, float(workers.num_workers * use_gpu)
-
-
-def trials_that_fit(resources: dict[str, float], read_cpus: float, cpus: float, gpus: float) -> int:
-    """Trials that can train at a time without waiting for each other forever.
-
-    Train workers keep their CPUs while they wait for data: one read task must always find room beside all of them.
-
-    Args:
-        resources: CPU and GPU of the cluster.
-        read_cpus: of a read task.
-        cpus, gpus: of a trial's train workers.
-    """
-    fitting = (resources.get("CPU", 0.0) - read_cpus) / (TRIAL_CPUS + cpus)
-    if gpus:
-        fitting = min(fitting, resources.get("GPU", 0.0) / gpus)
-    return math.floor(fitting + 1e-9)
-
-
-def _cluster_limits() -> dict[str, float]:
-    """CPU and GPU of the cluster, at the size an autoscaler may give it."""
-    import ray
-    from ray._private.state import state  # as Ray Train and Ray Data ask for it; there is no public way
-
-    largest = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {name: max(now.get(name, 0.0), largest.get(name, 0.0)) for name in ("CPU", "GPU")}
-
-
 def run_search(
     plan: SearchPlan,
     folder: SearchFolder,
@@ -151,22 +114,16 @@ def run_search(
 
     Raises:
         ValueError: the cluster cannot hold one trial, or not as many at a time as when the search began.
+        SearchTakenOverError: another driver has taken the search over.
+        RuntimeError: Ray Tune's state cannot be read, or is older than finished trials.
     """
-    import ray
     from ray import tune
 
     from tune.fold_pruning import FoldPruning, FoldSearch
     from tune.live_search import LiveSearch, trial_name
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    resources_of = partial(worker_resources, base=plan.base, space=plan.space, has_gpu=has_gpu)
-    held = resources_of({})
-    fitting = trials_that_fit(_cluster_limits(), task_cpus(), *held)
-    if fitting < 1:
-        raise ValueError(
-            f"the cluster is too small for a trial: it takes {TRIAL_CPUS} CPU, workers of {held[0]:g} CPU and "
-            f"{held[1]:g} GPU, and {task_cpus():g} CPU to read"
-        )
+    fitting, workers = cluster_room(plan.base, plan.max_concurrent)
+    held = tuple(sum(worker[name] for worker in workers) for name in ("CPU", "GPU"))
     known = read_json(folder.ledger)
     if known is None:
         at_a_time = min(plan.max_concurrent, fitting)
@@ -188,8 +145,10 @@ def run_search(
         "train_fold": train,
     }
     trainable = tune.with_resources(tune.with_parameters(cross_validate, settings=settings), {"CPU": TRIAL_CPUS})
-    tuner = _restored(folder, trainable, plan, say)
+    tuner = restored_tuner(folder.tune_path, trainable, to_ray(plan.space), say)
     if tuner is None:
+        if known is not None:
+            say("Ray Tune left no state: trials are drawn again, finished folds are kept")
         tuner = tune.Tuner(
             trainable,
             param_space=to_ray(plan.space),
@@ -206,32 +165,9 @@ def run_search(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=folder.url,
-                callbacks=[LiveSearch(folder.ledger, tracking, say, resources_of)],
+                callbacks=[LiveSearch(folder.ledger, folder.lease, tracking, say, held)],
                 verbose=0,
             ),
         )
     tuner.fit()
     return SearchLedger.model_validate(read_json(folder.ledger))
-
-
-def _restored(folder: SearchFolder, trainable: Any, plan: SearchPlan, say: Callable[[str], None]) -> Any:
-    """Ray Tune's search as it was left, or None where there is none to read.
-
-    Without its state the search starts from trial 1. The same seed proposes the same trials, and their finished folds
-    are there: nothing is trained again where one trial runs at a time.
-    """
-    from ray import tune
-
-    if not tune.Tuner.can_restore(folder.tune_path):
-        return None
-    tuner = tune.Tuner.restore(folder.tune_path, trainable, resume_errored=True, param_space=to_ray(plan.space))
-    try:
-        # Left to `fit`, Ray Tune would log an unreadable state and start a new search beside the old one.
-        known = len(tuner.get_results())
-    except RuntimeError:
-        known = 0
-    if known == 0:
-        say("Ray Tune left no state that can be read: trials are drawn again, finished folds are kept")
-        return None
-    say(f"{known} trials are known; those that were cut off or failed go on")
-    return tuner

@@ -45,6 +45,12 @@ class FoldPruning(ASHAScheduler):
         # Reported again after a restart: the trial has begun its next fold, so it was judged before.
         return TrialScheduler.CONTINUE if result.get("judged") else decision
 
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, trial, result)
+        # Ray Tune saves every 10 s. A trial of recorded folds begins and ends sooner; after a kill the state would not
+        # know it, and the search could not go on without forgetting it.
+        tune_controller.checkpoint(force=True, wait=True)
+
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         chosen = super().choose_trial_to_run(tune_controller)
         if chosen is not None and chosen.status == Trial.PAUSED:

@@ -10,8 +10,9 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from tune.search_folder import read_json, write_json
-from tune.search_ledger import SearchLedger, fold_line, search_line, shown_params
+from tune.driver_lease import DriverLease, SearchTakenOverError
+from tune.json_files import read_json, write_json
+from tune.search_ledger import SearchLedger, TrialEntry, fold_line, search_line, shown_params
 from tune.search_tracking import SearchTracking
 
 # How often the clock is saved between folds: a driver that is killed forgets at most this much of the cost.
@@ -34,27 +35,29 @@ class LiveSearch(Callback):
 
     Args:
         ledger_url: where the ledger is kept; `run_search` has written it.
+        lease: of the search; renewed whenever the ledger is saved.
         tracking: its parent run has been started.
         say: prints a line; importable, as it is pickled.
-        worker_resources: (CPUs, GPUs) that a trial's train workers hold, by the trial's params.
+        held: CPUs and GPUs that the train workers of a running trial hold.
     """
 
     def __init__(
         self,
         ledger_url: str,
+        lease: DriverLease,
         tracking: SearchTracking,
         say: Callable[[str], None],
-        worker_resources: Callable[[dict[str, Any]], tuple[float, float]],
+        held: tuple[float, float],
     ):
-        self._ledger_url, self._tracking, self._say = ledger_url, tracking, say
-        self._worker_resources = worker_resources
+        self._ledger_url, self._lease, self._tracking, self._say = ledger_url, lease, tracking, say
+        self._held = held
         self._ledger: SearchLedger | None = None
 
     def setup(self, **_: Any) -> None:
         self._ledger = SearchLedger.model_validate(read_json(self._ledger_url))
-        self._resources: dict[str, tuple[float, float]] = {}
         self._clock = self._saved = time.monotonic()
-        self._checked = False
+        self._checked = self._behind = False
+        self._taken_over: SearchTakenOverError | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         if self._checked:
@@ -66,28 +69,38 @@ class LiveSearch(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         now = time.monotonic()
-        held = [self._held(trial) for trial in trials if trial.status == Trial.RUNNING]
-        self._ledger.spend(now - self._clock, sum(cpus for cpus, _ in held), sum(gpus for _, gpus in held))
+        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        cpus, gpus = self._held
+        self._ledger.spend(now - self._clock, running * cpus, running * gpus)
         self._clock = now
         if now - self._saved > SAVE_SECONDS:
             self._save()
-
-    def _held(self, trial: Trial) -> tuple[float, float]:
-        if trial.trial_id not in self._resources:
-            self._resources[trial.trial_id] = self._worker_resources(trial.config)
-        return self._resources[trial.trial_id]
+        if self._taken_over is not None:
+            raise self._taken_over
 
     def _save(self) -> None:
-        write_json(self._ledger_url, self._ledger.model_dump())
+        try:
+            self._lease.renew()
+            write_json(self._ledger_url, self._ledger.model_dump())
+            self._behind = False
+        except SearchTakenOverError as error:
+            # Raised at the step's end: Ray Tune would take an error in a trial's callback for the trial's own.
+            self._taken_over = error
+        except OSError as error:
+            # As for MLflow below: the next save, seconds later, has all that this one lacks.
+            self._behind = True
+            self._say(f"the ledger is not saved: {error.strerror or error}; it is tried again")
         self._saved = time.monotonic()
 
     def _publish(self) -> None:
         self._save()
+        if self._taken_over is not None:
+            return
         try:
             self._tracking.sync(self._ledger)
         except Exception as error:  # noqa: BLE001
             # A search of days goes on while its log is away; the next fold, or the end, brings MLflow up to date.
-            self._say(f"MLflow is not up to date: {str(error).splitlines()[0]}")
+            self._say(f"MLflow is not up to date: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         entry = self._ledger.start(trial.trial_id, trial_number(trial), trial.config)
@@ -110,13 +123,25 @@ class LiveSearch(Callback):
         self._publish()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        entry = self._ledger.end(trial.trial_id)
+        entry = self._ended(trial)
         if entry.state == "pruned":
             self._say(f"trial {entry.number} is pruned: {len(entry.folds)} of {self._ledger.num_folds} folds trained")
         self._publish()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
-        entry = self._ledger.end(trial.trial_id, lines[-1] if lines else "no message")
+        entry = self._ended(trial, lines[-1] if lines else "no message")
         self._say(f"trial {entry.number} failed: {entry.error}")
         self._publish()
+
+    def _ended(self, trial: Trial, error: str | None = None) -> TrialEntry:
+        if trial.trial_id not in self._ledger.trials:
+            # Its actor could not be started.
+            self._ledger.start(trial.trial_id, trial_number(trial), trial.config)
+        return self._ledger.end(trial.trial_id, error)
+
+    def on_experiment_end(self, trials: list[Trial], **_: Any) -> None:
+        # The search's outcome is read from the file.
+        if self._behind and self._taken_over is None:
+            self._lease.renew()
+            write_json(self._ledger_url, self._ledger.model_dump())

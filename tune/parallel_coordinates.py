@@ -18,6 +18,15 @@ from tune.search_space import Choice, Distribution, Integer, SearchSpace, Unifor
 MAX_GRID = 8
 
 
+# Line width, dashes, opacity and legend of a trial, by its state.
+_STYLES: dict[str, tuple[float, Any, float, str]] = {
+    "finished": (2.4, "-", 1.0, "all folds"),
+    "pruned": (1.1, (0, (4, 2)), 0.8, "pruned; scored as if it had all folds"),
+    "failed": (1.1, (0, (1, 2)), 0.8, "failed; scored as if it had all folds"),
+    "running": (1.1, (0, (6, 2, 1, 2)), 0.8, "not over"),
+}
+
+
 def _number(value: float) -> str:
     """Three significant digits, trailing zeros dropped."""
     return f"{value:.3g}".replace("e-0", "e-")
@@ -70,7 +79,8 @@ class _Axis:
 def plot_parallel_coordinates(path: Path, ledger: SearchLedger, space: SearchSpace) -> None:
     """Draws each trial with a score as a line over its hyperparameters; the last axis and the colour are its score.
 
-    Pruned trials are thin and dashed; their score is what `SearchLedger.adjusted_scores` makes of their folds.
+    Pruned trials are thin and dashed, failed ones dotted; their score is what `SearchLedger.adjusted_scores` makes of
+    their folds.
     """
     pyplot = headless_pyplot()
     from matplotlib.lines import Line2D
@@ -97,7 +107,8 @@ def plot_parallel_coordinates(path: Path, ledger: SearchLedger, space: SearchSpa
         for x in range(last):
             points += [(x + 0.4, heights[x]), (x + 0.6, heights[x + 1]), (x + 1.0, heights[x + 1])]
         curve = Curve(points, [Curve.MOVETO, *[Curve.CURVE4] * (3 * last)])
-        pruned, chosen = entry.state != "finished", best is not None and entry.number == best.number
+        width, dashes, opacity, _ = _STYLES[entry.state]
+        chosen = best is not None and entry.number == best.number
         if chosen:
             axes.add_patch(PathPatch(curve, fill=False, ec="black", lw=5.0, zorder=3))
         axes.add_patch(
@@ -105,9 +116,9 @@ def plot_parallel_coordinates(path: Path, ledger: SearchLedger, space: SearchSpa
                 curve,
                 fill=False,
                 ec=colours(scale(adjusted[entry.number])),
-                lw=1.1 if pruned else 2.4,
-                ls=(0, (4, 2)) if pruned else "-",
-                alpha=0.8 if pruned else 1.0,
+                lw=width,
+                ls=dashes,
+                alpha=opacity,
                 zorder=3 if chosen else 2,
             )
         )
@@ -121,12 +132,14 @@ def plot_parallel_coordinates(path: Path, ledger: SearchLedger, space: SearchSpa
         axes.text(x, 1.12, "\n".join(lines), ha="center", va="bottom", fontsize=11)
     axes.set(xlim=(-0.75, last + 0.12), ylim=(-0.11, 1.26))
     axes.axis("off")
+    shown = {"finished", "pruned"} | {entry.state for entry in drawn}
     handles = [
-        Line2D([], [], color="grey", lw=2.4, label="all folds"),
-        Line2D([], [], color="grey", lw=1.1, ls=(0, (4, 2)), label="pruned; scored as if it had all folds"),
-        Line2D([], [], color="black", lw=5.0, label="best"),
+        Line2D([], [], color="grey", lw=width, ls=dashes, label=text)
+        for state, (width, dashes, _, text) in _STYLES.items()
+        if state in shown
     ]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
+    handles.append(Line2D([], [], color="black", lw=5.0, label="best"))
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=len(handles), frameon=False)
     figure.colorbar(pyplot.cm.ScalarMappable(scale, colours), ax=axes, label="mean pAUC", shrink=0.7, pad=0.01)
     figure.suptitle(outcomes_line(ledger))
     figure.savefig(path, dpi=110)

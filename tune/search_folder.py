@@ -1,6 +1,7 @@
 """A search's folder: whose search it is, and the finished folds of its trials, which no restart trains again.
 
 search.json   the search's id and what it was started with
+driver.json   which driver runs it, and when it was last seen
 ledger.json   trials, scores and cost so far
 tune/         Ray Tune's experiment
 folds/        a record per finished fold; checkpoints of folds in training
@@ -14,27 +15,11 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from training.config import TrainingConfig
-
-
-def read_json(url: str) -> Any:
-    """The file's value, or None where there is no file."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    return json.loads(files.cat_file(path)) if files.exists(path) else None
-
-
-def write_json(url: str, value: Any) -> None:
-    """Writes the file in one step: a reader, or a restart, sees the old value or the new one."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    files.makedirs(path.rpartition("/")[0], exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}"
-    files.pipe_file(temporary, json.dumps(value, indent=1, default=float).encode())
-    files.mv(temporary, path)
+from tune.driver_lease import DriverLease
+from tune.json_files import read_json, write_json
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -47,6 +32,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def without_credentials(url: str) -> str:
+    """The URL without user, password and query, any of which may be a secret; a path stays as it is."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 class SearchFolder:
     """Paths of one search under `searches` (a path or URL that every node reaches)."""
 
@@ -55,28 +48,48 @@ class SearchFolder:
         self.url = f"{searches.rstrip('/')}/{name}"
         self.tune_path = f"{self.url}/tune"
         self.ledger = f"{self.url}/ledger.json"
+        self.lease = DriverLease(f"{self.url}/driver.json")
+        self._marker = f"{self.url}/search.json"
+        self._unusable = f"searches = {searches!r}: the search's folder"
 
     def claim(self, identity: dict[str, Any], resume: bool) -> str:
-        """Makes the folder this search's, or checks that it is; returns the search's id.
+        """Makes the folder this search's and this process its driver; returns the search's id.
 
         Args:
-            identity: what decides the trials' results, as JSON values.
+            identity: what decides the trials' results and where they are logged, as JSON values without secrets.
 
         Raises:
-            ValueError: it exists and `resume` is false, or it does not or is another search and `resume` is true.
+            ValueError: as `check`, or the folder cannot be written.
         """
-        marker = f"{self.url}/search.json"
-        identity = json.loads(json.dumps(identity))
-        known = read_json(marker)
+        known = self.check(identity, resume)
+        try:
+            self.lease.take()
+            if not resume:
+                write_json(self._marker, known)
+        except OSError as error:
+            raise ValueError(f"{self._unusable} cannot be written: {error.strerror or error}") from error
+        return known["id"]
+
+    def check(self, identity: dict[str, Any], resume: bool) -> dict[str, Any]:
+        """What `claim` would write of the search, or has written: `id` and `started_with`. Writes nothing.
+
+        Raises:
+            ValueError: it exists and `resume` is false, or it does not or is another search and `resume` is true, or
+                another driver runs it, or it cannot be read.
+        """
+        # Ray Tune's state and the records of folds name the folder; a copy of it would write to the first one.
+        identity = {**json.loads(json.dumps(identity)), "folder": without_credentials(self.url)}
+        try:
+            known = read_json(self._marker)
+        except OSError as error:
+            raise ValueError(f"{self._unusable} cannot be read: {error.strerror or error}") from error
         if not resume:
             if known is not None:
                 raise ValueError(
                     f"search_name = {self.name!r}: there is such a search in {self.url}; "
                     "go on with it by --resume true, or give another name"
                 )
-            known = {"id": uuid.uuid4().hex, "started_with": identity}
-            write_json(marker, known)
-            return known["id"]
+            return {"id": uuid.uuid4().hex, "started_with": identity}
         if known is None:
             raise ValueError(f"search_name = {self.name!r}: no such search in {self.url} to resume")
         then, now = _flat(known["started_with"]), _flat(identity)
@@ -88,7 +101,8 @@ class SearchFolder:
                 + (f", and {len(changed) - 3} more" if len(changed) > 3 else "")
                 + "; resume it with what it was started with, or give another name"
             )
-        return known["id"]
+        self.lease.check()
+        return known
 
     def remove_checkpoints(self) -> None:
         """Deletes what cut off folds of a search that is over have left; the records stay."""

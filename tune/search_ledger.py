@@ -80,9 +80,22 @@ class SearchLedger(BaseModel):
         self.gpu_seconds += seconds * gpus
 
     def keep(self, trial_ids: set[str]) -> list[TrialEntry]:
-        """Forgets and returns trials that Ray Tune, restarted from a state of some seconds before, does not know."""
-        gone = [self.trials.pop(trial_id) for trial_id in list(self.trials) if trial_id not in trial_ids]
-        return gone
+        """Forgets and returns trials that Ray Tune, restarted from a state of some seconds before, does not know.
+
+        Raises:
+            RuntimeError: one of them is finished or pruned; its result would be lost.
+        """
+        gone = {trial_id: entry for trial_id, entry in self.trials.items() if trial_id not in trial_ids}
+        over = sorted(entry.number for entry in gone.values() if entry.state in ("finished", "pruned"))
+        if over:
+            shown = ", ".join(str(number) for number in over)
+            raise RuntimeError(
+                f"Ray Tune's state does not know trials that are finished or pruned ({shown}); the search stops rather "
+                "than forget them: bring its folder's tune/ back as it was, or start another search"
+            )
+        for trial_id in gone:
+            del self.trials[trial_id]
+        return list(gone.values())
 
     def start(self, trial_id: str, number: int, params: dict[str, Any]) -> TrialEntry:
         """The trial's entry, made where there is none; a trial that goes on after a restart runs again."""

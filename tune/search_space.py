@@ -32,6 +32,13 @@ class Uniform(BaseModel):
     def ends(self) -> list[Any]:
         return [self.low, self.high]
 
+    @property
+    def tried(self) -> list[Any]:
+        """The ends, and a value between them that is hardly ever a whole number."""
+        share = 0.381966
+        inner = self.low * (self.high / self.low) ** share if self.log else self.low + share * (self.high - self.low)
+        return [*self.ends, inner]
+
 
 class Integer(BaseModel):
     """A whole number in low, low + step, ..., high; `log` draws uniformly in the logarithm."""
@@ -56,6 +63,10 @@ class Integer(BaseModel):
     def ends(self) -> list[Any]:
         return [self.low, self.high]
 
+    @property
+    def tried(self) -> list[Any]:
+        return self.ends
+
 
 class Choice(BaseModel):
     """One of the listed values. A mapping sets several fields of its section together, as backbone and weights do."""
@@ -73,6 +84,10 @@ class Choice(BaseModel):
 
     @property
     def ends(self) -> list[Any]:
+        return self.values
+
+    @property
+    def tried(self) -> list[Any]:
         return self.values
 
     @property
@@ -135,14 +150,20 @@ def trial_config(base: TrainingConfig, space: SearchSpace, sample: dict[str, Any
 
 
 def check_space(space: SearchSpace, base: TrainingConfig, task: TaskSpec) -> None:
-    """Tries both ends or every choice of each field, and of every pair, against the base config and the task.
+    """Tries both ends (of floats also a value between) or every choice of each field, and the ends of every pair,
+    against the base config and the task.
 
     Raises:
         ValueError: naming the field and what is wrong with it.
     """
     setters: dict[str, str] = {}
     for dotted, distribution in space.items():
-        for value in distribution.ends:
+        if dotted.partition(".")[0] == "workers":
+            raise ValueError(
+                f"search space field {dotted!r}: a trial could hold more than the search has reserved for it; set it "
+                f"for all trials by train_model.training.{dotted}"
+            )
+        for value in distribution.tried:
             with_overrides(base, {dotted: value}).check_task(task)
             for field in _leaves(dotted, value):
                 if setters.setdefault(field, dotted) != dotted:
