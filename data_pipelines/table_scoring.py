@@ -158,13 +158,13 @@ def _image_scores(
     bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
 ) -> ScoreParts:
     """The image scores of all rows, of which only those are made here that no earlier attempt has kept."""
-    kept = ScoreParts(parts, len(rows), bundle.task.num_classes)
+    rule = bundle.abstention()
+    kept = ScoreParts(parts, len(rows), bundle.task.num_classes, with_abstained=rule is not None)
     missing = np.flatnonzero(~kept.done)
     if len(missing) < len(rows):
         say(f"{len(rows) - len(missing)} of {len(rows)} images were scored by an earlier attempt")
     with Progress("scored images", say) as progress:
         progress(len(rows) - len(missing), len(rows))
-        rule = bundle.abstention()
         options = ScoringOptions(
             distance=None if rule is None else rule.distance, with_quality=rule is not None, num_scorers=num_scorers
         )
