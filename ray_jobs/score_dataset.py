@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from data_pipelines.dataset_version import file_sha256
-from data_pipelines.hdf5_index import images_bytes, images_location, is_url, open_hdf5
+from data_pipelines.hdf5_index import images_bytes, images_location, images_state, open_hdf5
 from data_pipelines.table_scoring import score_table
 from modeling.bundle import Bundle, load_bundle
 from modeling.registry import find_model
@@ -72,13 +72,9 @@ def write_rows(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> 
 def parts_folder(out: Path, bundle_digest: str, images: str | None, metadata: str) -> Path:
     """Where unfinished scores of exactly this model and these files are kept, beside the output.
 
-    The pictures are known by place, size and time: hashing gigabytes would cost more than most interruptions.
+    The pictures are known by place, size and state: hashing gigabytes would cost more than most interruptions.
     """
-    if images is None:
-        facts: list[object] = []
-    else:
-        changed = None if is_url(images) else Path(images).stat().st_mtime_ns
-        facts = [images_location(images), images_bytes(images), changed]
+    facts = [] if images is None else [images_location(images), images_bytes(images), images_state(images)]
     # A table that is not there is reported when it is read.
     table = file_sha256(metadata) if Path(metadata).is_file() else ""
     identity = json.dumps([bundle_digest, *facts, table])

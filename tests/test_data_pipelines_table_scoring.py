@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import h5py
 import numpy as np
@@ -116,3 +119,24 @@ def test_what_an_earlier_attempt_refused_is_still_listed(files, monkeypatch):
     monkeypatch.setattr(table_scoring, "stream_scores", stream)
     assert score(files, bundle) == whole
     assert rows_of(files / "scores.abstained.csv") == first
+
+
+def test_scores_of_a_remote_file_that_was_replaced_are_not_taken_for_the_new_ones(tmp_path):
+    class Site(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, *arguments):
+            """Nothing to the test's output."""
+
+    path = tmp_path / "images.hdf5"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/images.hdf5"
+        folders = []
+        for content, changed in ((b"first", 1000), (b"first", 1000), (b"other", 2000)):
+            path.write_bytes(content)
+            os.utime(path, (changed, changed))
+            folders.append(score_dataset.parts_folder(tmp_path / "out.csv", "d" * 64, url, str(tmp_path / "none.csv")))
+        server.shutdown()
+    assert folders[0] == folders[1] != folders[2]
