@@ -108,7 +108,8 @@ def score_table(
         raise ValueError(f"no row of {metadata} can be scored: {quarantine[-1].reason}, {quarantine[-1].detail}")
 
     used = choose_context(bundle, table, context)
-    probabilities = _fuse(bundle, used, log_probabilities, table)
+    trusted = ~table["id"].isin({row.id for row in abstained}).to_numpy()
+    probabilities = _fuse(bundle, used, log_probabilities, table, trusted)
     result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
     if task.num_classes > 2:
         for number, name in enumerate(task.classes):
@@ -189,17 +190,30 @@ def abstentions(rule: AbstentionRule, scored: ScoredImages, names: np.ndarray) -
     return found
 
 
-def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame) -> np.ndarray:
+def _fuse(
+    bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame, trusted: np.ndarray
+) -> np.ndarray:
     """Pass 2: probabilities float64 (N, K), some thousand rows at a time: the features of a row take a hundred times
     the memory of the row. A patient's rows stay together."""
     model = bundle.contexts[context]
     groups = table["context"].to_numpy(str) if context == "patient" else None
+
+    def predict(rows: np.ndarray, compared: np.ndarray | None = None) -> np.ndarray:
+        columns = None if context == "image_only" else metadata_arrays(table.iloc[rows], bundle.task)
+        image = None if log_probabilities is None else log_probabilities[rows]
+        return model.predict(image, columns, None if groups is None else groups[rows], compared)
+
     order = np.arange(len(table)) if groups is None else np.argsort(groups, kind="stable")
     probabilities = np.empty((len(table), bundle.task.num_classes))
     for part in _whole_groups(order, groups):
-        columns = None if context == "image_only" else metadata_arrays(table.iloc[part], bundle.task)
-        image = None if log_probabilities is None else log_probabilities[part]
-        probabilities[part] = model.predict(image, columns, None if groups is None else groups[part])
+        probabilities[part] = predict(part)
+        if groups is None or trusted[part].all():
+            continue
+        # The score of a picture that shows no lesion says nothing about the patient's others. Its own row keeps the
+        # number from above: trees that never saw a gap in these features would read one as the lowest rank.
+        mixed = part[np.isin(groups[part], groups[part[~trusted[part]]])]
+        keep = trusted[mixed]
+        probabilities[mixed[keep]] = predict(mixed, keep)[keep]
     return probabilities
 
 

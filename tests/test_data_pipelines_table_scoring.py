@@ -14,10 +14,13 @@ import pytest
 
 from data_pipelines import table_scoring
 from data_pipelines.batch_scoring import QUALITY_COLUMNS, ScoredImages
+from modeling.bundle import load_bundle, write_manifest
+from modeling.metadata_fusion import BoosterConfig, FusionConfig, fit_context_model
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
+from modeling.schema import TaskSpec
 from ray_jobs import score_dataset
 from tests.bundle_factory import blank_image, lesion_image, lesion_rule
-from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
+from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle, tiny_task
 
 PICTURES = {
     "ISIC_0": lesion_image(0),
@@ -119,6 +122,51 @@ def test_what_an_earlier_attempt_refused_is_still_listed(files, monkeypatch):
     monkeypatch.setattr(table_scoring, "stream_scores", stream)
     assert score(files, bundle) == whole
     assert rows_of(files / "scores.abstained.csv") == first
+
+
+def ugly_duckling_bundle(directory, rule):
+    """A bundle whose trees read little but how malignant a picture looks beside the patient's others."""
+    task = TaskSpec.model_validate(tiny_task().model_dump() | {"context_group": "patient_id"})
+    bundle = tiny_bundle(directory, contexts=["image_only", "patient"], task=task.model_dump(), abstention=rule)
+    rng = np.random.default_rng(0)
+    patients, scores = np.repeat(np.arange(100), 3), rng.normal(2.0, 1.5, 300)
+    image = np.stack([-np.logaddexp(0, scores), scores - np.logaddexp(0, scores)], axis=1)
+    others = (scores.reshape(100, 3).sum(axis=1)[patients] - scores) / 2
+    model, _ = fit_context_model(
+        "patient",
+        task,
+        image,
+        {"age_approx": np.full(300, 50.0), "sex": np.full(300, "male", object)},
+        (scores + rng.normal(size=300) > others).astype(int),
+        patients.astype(str),
+        patients % 3,
+        FusionConfig(boosters=(BoosterConfig(num_bags=1, feature_fraction=1.0),), num_boost_round=40),
+        [0.5, 0.5],
+        [0.5, 0.5],
+        0,
+    )
+    model.save(bundle.directory / "contexts" / "patient")
+    write_manifest(bundle.directory, bundle.manifest.model_dump(exclude={"files"}))
+    return load_bundle(bundle.directory)
+
+
+def test_a_refused_picture_moves_no_other_lesion_of_its_patient_and_keeps_its_own_number(files):
+    def risks(bundle, ids):
+        # Equal metadata: only the pictures tell a patient's lesions apart.
+        table = pd.DataFrame({"isic_id": ids, "patient_id": "p", "age_approx": 50, "sex": "male"})
+        table.to_csv(files / "metadata.csv", index=False)
+        assert score(files, bundle)["context"] == "patient"
+        return pd.read_csv(files / "scores.csv").set_index("isic_id")["target"]
+
+    careful = ugly_duckling_bundle(files / "careful", lesion_rule())
+    careless = ugly_duckling_bundle(files / "careless", None)
+    lesions = ["ISIC_0", "ISIC_3"]
+    for refused in ("ISIC_1", "ISIC_4"):
+        alone, beside = risks(careful, lesions), risks(careful, [*lesions, refused])
+        assert beside[lesions].tolist() == alone.tolist()
+        trusting = risks(careless, [*lesions, refused])
+        assert beside[refused] == trusting[refused]
+    assert np.abs(trusting[lesions] - alone).max() > 0.05
 
 
 def test_scores_of_a_remote_file_that_was_replaced_are_not_taken_for_the_new_ones(tmp_path):
