@@ -58,19 +58,28 @@ def metadata_arrays(table: pd.DataFrame, task: TaskSpec) -> dict[str, np.ndarray
     return columns
 
 
+def check_context(bundle: Bundle, wanted: str) -> None:
+    """Refuses a context that the bundle lacks, before any file of the table is read.
+
+    Raises:
+        ValueError: the bundle lacks it.
+    """
+    if wanted not in ("auto", *bundle.manifest.contexts):
+        raise ValueError(f"context = {wanted!r}: the model has {sorted(bundle.manifest.contexts)}")
+
+
 def choose_context(bundle: Bundle, table: pd.DataFrame, wanted: str) -> str:
     """The richest context that the bundle and the table allow, or the one asked for.
 
     Raises:
         ValueError: the bundle lacks it, or it needs a context group that rows of the table do not have.
     """
+    check_context(bundle, wanted)
     named = bool((table["context"] != "").all())
     if wanted == "auto":
         if "patient" in bundle.contexts and named:
             return "patient"
         return "none" if "none" in bundle.contexts else "image_only"
-    if wanted not in bundle.contexts:
-        raise ValueError(f"context = {wanted!r}: the model has {sorted(bundle.contexts)}")
     if wanted == "patient" and not named:
         raise ValueError(f"context = 'patient': {bundle.task.context_group} is empty in some rows")
     return wanted
@@ -97,6 +106,9 @@ def score_table(
     """
     task = bundle.task
     table, quarantine = read_metadata(metadata, task, require_labels=False)
+    if context != "auto":
+        # A wrong wish costs no scoring. "auto" is settled by the rows that can be scored.
+        choose_context(bundle, table, context)
     log_probabilities, without_metadata = None, 0
     abstained: list[AbstainedRow] = []
     if "image" in bundle.manifest.modalities:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from data_pipelines.dataset_version import file_sha256
 from data_pipelines.hdf5_index import images_bytes, images_location, images_state, open_hdf5
-from data_pipelines.table_scoring import score_table
+from data_pipelines.table_scoring import check_context, score_table
 from modeling.bundle import Bundle, load_bundle
 from modeling.registry import find_model
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
@@ -87,6 +87,7 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
         raise ValueError(f"out = {config.out!r}: expected a name ending in .csv or .parquet")
     bundle, name = open_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
     say(f"scoring with {name} ({bundle.task.name}, {bundle.manifest.backbone})")
+    check_context(bundle, config.context)
     reads_images = "image" in bundle.manifest.modalities
     if reads_images:
         if config.images is None:

@@ -68,9 +68,10 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def score(files, bundle):
+def score(files, bundle, **fields):
     return score_dataset.run(
         score_dataset.ScoreDatasetConfig(
+            **fields,
             images=str(files / "images.hdf5"),
             metadata=str(files / "metadata.csv"),
             out=str(files / "scores.csv"),
@@ -167,6 +168,21 @@ def test_a_refused_picture_moves_no_other_lesion_of_its_patient_and_keeps_its_ow
         trusting = risks(careless, [*lesions, refused])
         assert beside[refused] == trusting[refused]
     assert np.abs(trusting[lesions] - alone).max() > 0.05
+
+
+def test_a_context_that_rows_lack_the_group_for_is_refused_before_a_picture_is_read(files, monkeypatch):
+    bundle = ugly_duckling_bundle(files / "bundle", None)
+    table = pd.DataFrame({"isic_id": list(PICTURES), "patient_id": "p", "age_approx": 50, "sex": "male"})
+    table.loc[3, "patient_id"] = None
+    table.to_csv(files / "metadata.csv", index=False)
+    assert score(files, bundle)["context"] == "image_only"
+
+    def kept_index(*arguments):
+        raise AssertionError("pictures were looked up")
+
+    monkeypatch.setattr(table_scoring, "kept_index", kept_index)
+    with pytest.raises(ValueError, match="context = 'patient': patient_id is empty in some rows"):
+        score(files, bundle, context="patient")
 
 
 def test_scores_of_a_remote_file_that_was_replaced_are_not_taken_for_the_new_ones(tmp_path):

@@ -105,13 +105,15 @@ def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster
         ("--images", "/nowhere/x.hdf5", "images file /nowhere/x.hdf5 does not exist"),
         ("--out", "scores.txt", "expected a name ending in .csv or .parquet"),
         ("--model", "/nowhere/bundle", "/nowhere/bundle"),
+        ("--context", "patient", "context = 'patient': the model has ['image_only', 'none']"),
     ],
 )
 def test_a_users_mistake_is_one_line_before_anything_starts(inputs, tmp_path, flag, value, says, dermray_home):
     done = subprocess.run(
         [*command(inputs, tmp_path / "x.csv"), flag, value],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        # Nothing listens there: a job that asked for a cluster would end with another message.
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT), "RAY_ADDRESS": "127.0.0.1:1"},
         capture_output=True,
         text=True,
         timeout=120,
