@@ -1,11 +1,12 @@
 """Batch scoring: a metadata CSV and its HDF5 pictures in, `isic_id,target` out (CSV or Parquet). Rows that cannot be
-scored go to a quarantine file beside the output with the reason; the others are scored. Those whose score should not be
-trusted (blurred, badly exposed, unlike training) are also listed with reasons in `<out>.abstained.csv`."""
+scored are listed with the reason in `<out's stem>.quarantine.csv`; every other row gets a number. Those whose number
+should not be trusted (blurred, badly exposed, unlike training) are also listed, in `<out's stem>.abstained.csv`."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -57,16 +58,26 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     partial.replace(out)
 
 
-def write_rows(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Writes a file beside the output; without rows it removes an earlier run's and returns False."""
-    if not rows:
+def write_beside(out: Path, name: str, header: list[str], rows: Sequence[Sequence[str]]) -> Path:
+    """Writes `<out's stem>.<name>.csv`, whole or not at all, and returns its path; without rows there is no such file.
+
+    A .csv and a .parquet of one stem share it: replacing what the other one's run wrote is said.
+    """
+    path = out.with_name(f"{out.stem}.{name}.csv")
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    before, after = path.read_bytes() if path.exists() else b"", text.getvalue().encode() if rows else b""
+    other = out.with_suffix(".csv" if out.suffix == ".parquet" else ".parquet")
+    if before not in (b"", after) and other.exists():
+        say(f"{path} is shared with {other.name}; from now on it is about {out.name} alone")
+    if rows:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(after)
+        partial.replace(path)
+    else:
         path.unlink(missing_ok=True)
-        return False
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return True
+    return path
 
 
 def parts_folder(out: Path, bundle_digest: str, images: str | None, metadata: str) -> Path:
@@ -98,13 +109,15 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
     if reads_images:
         connect_ray()
     scored = score_table(bundle, images, config.metadata, config.context, config.num_scorers, parts, say)
+    # The scores come last: whoever finds them finds the lists as well, and until then the parts can make all three.
+    quarantine = write_beside(out, "quarantine", ["id", "reason", "detail"], scored.quarantine)
+    abstained = write_beside(out, "abstained", ["id", "reasons", "detail"], scored.abstained)
     write_table(scored.table, out)
     for left in out.parent.glob(f".{out.name}.parts-*"):
         shutil.rmtree(left)
-    quarantine, abstained = (out.with_name(f"{out.stem}.{name}.csv") for name in ("quarantine", "abstained"))
-    if write_rows(quarantine, ["id", "reason", "detail"], scored.quarantine):
+    if scored.quarantine:
         say(f"{len(scored.quarantine)} rows could not be scored; reasons in {quarantine}")
-    if write_rows(abstained, ["id", "reasons", "detail"], scored.abstained):
+    if scored.abstained:
         say(f"{len(scored.abstained)} of the scored rows should not be trusted; reasons in {abstained}")
     return {
         "out": str(out),

@@ -6,6 +6,7 @@ import csv
 import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -71,10 +72,9 @@ def files(tmp_path, monkeypatch):
 def score(files, bundle, **fields):
     return score_dataset.run(
         score_dataset.ScoreDatasetConfig(
-            **fields,
             images=str(files / "images.hdf5"),
             metadata=str(files / "metadata.csv"),
-            out=str(files / "scores.csv"),
+            **{"out": str(files / "scores.csv")} | fields,
             model=str(bundle.directory),
         )
     )
@@ -123,6 +123,38 @@ def test_what_an_earlier_attempt_refused_is_still_listed(files, monkeypatch):
     monkeypatch.setattr(table_scoring, "stream_scores", stream)
     assert score(files, bundle) == whole
     assert rows_of(files / "scores.abstained.csv") == first
+
+
+def test_no_scores_appear_before_their_lists_and_a_failed_list_costs_no_scoring(files, monkeypatch, capsys):
+    bundle = tiny_bundle(files / "bundle", abstention=lesion_rule())
+    old = "id,reasons,detail\nISIC_9,blurred,x\n"
+    (files / "scores.abstained.csv").write_text(old)
+    replace = Path.replace
+
+    def full(path, target):
+        if Path(target).name == "scores.abstained.csv":
+            raise OSError("no space left")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        score(files, bundle)
+    assert not (files / "scores.csv").exists() and (files / "scores.abstained.csv").read_text() == old
+    monkeypatch.setattr(Path, "replace", replace)
+    score(files, bundle)
+    assert "5 of 5 images were scored by an earlier attempt" in capsys.readouterr().err
+    assert set(rows_of(files / "scores.abstained.csv")) == {"ISIC_1", "ISIC_4"} and (files / "scores.csv").exists()
+    assert not list(files.glob(".scores*"))
+
+
+def test_a_list_that_another_output_of_the_stem_shares_is_not_lost_without_a_word(files, capsys):
+    careful, careless = tiny_bundle(files / "careful", abstention=lesion_rule()), tiny_bundle(files / "careless")
+    score(files, careful)
+    score(files, careful, out=str(files / "scores.parquet"))
+    assert "is shared with" not in capsys.readouterr().err
+    score(files, careless, out=str(files / "scores.parquet"))
+    shared = f"{files}/scores.abstained.csv is shared with scores.csv; from now on it is about scores.parquet alone"
+    assert shared in capsys.readouterr().err and not (files / "scores.abstained.csv").exists()
 
 
 def ugly_duckling_bundle(directory, rule):
