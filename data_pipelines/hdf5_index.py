@@ -6,9 +6,11 @@ index is built once. Layouts without a contiguous offset (chunked, compressed, v
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import h5py
@@ -47,12 +49,31 @@ def images_bytes(path: str | Path) -> int:
     """
     if not is_url(path):
         return Path(path).stat().st_size
-    filesystem, key = _filesystem(path)
+    return _info(path)["size"]
+
+
+def images_state(path: str | Path) -> int | str:
+    """What changes when the file's bytes do, without reading them: the time of change, or what its store says of it.
+
+    Raises:
+        ValueError: there is no such file, or its store does not answer.
+    """
+    if not is_url(path):
+        return Path(path).stat().st_mtime_ns
+    # fsspec's `ukey` hashes the same facts (ETag, version, time of change), but takes what HTTP serves for unchanging.
+    # An address at which a redirect ends may be signed anew for every request.
+    facts = {name: str(value) for name, value in _info(path).items() if name != "url"}
+    return json.dumps(facts, sort_keys=True)
+
+
+def _info(url: str | Path) -> dict[str, Any]:
+    filesystem, key = _filesystem(url)
     try:
-        return int(filesystem.info(key)["size"])
+        info = filesystem.info(key)
+        return {**info, "size": int(info["size"])}
     except Exception as error:
         # Every store behind fsspec has exceptions of its own.
-        raise _unreadable(path, error) from error
+        raise _unreadable(url, error) from error
 
 
 def open_hdf5(path: str | Path) -> h5py.File:

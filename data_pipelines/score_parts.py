@@ -24,9 +24,11 @@ class ScoreParts:
 
     Args:
         folder: belongs to one model and one table of rows, always in the same order.
+        with_abstained: whether the model has an abstention rule. A part that does not say what it abstained from then
+            counts as not done: it comes from a release that asked no rule.
     """
 
-    def __init__(self, folder: Path, num_rows: int, num_classes: int):
+    def __init__(self, folder: Path, num_rows: int, num_classes: int, with_abstained: bool):
         self._folder = folder
         self.log_probabilities = np.full((num_rows, num_classes), np.nan)
         self.done = np.zeros(num_rows, bool)
@@ -39,9 +41,10 @@ class ScoreParts:
         self._next = 1 + max((int(path.stem.removeprefix("scores-")) for path in paths), default=-1)
         for path in paths:
             with np.load(path) as part:
+                if with_abstained and "abstained" not in part:
+                    continue
                 self._take(part["row"], part["log_probabilities"])
                 self.errors |= {int(row): reason for row, reason in json.loads(str(part["errors"])).items()}
-                # A part of an earlier release has none: its model abstained from nothing.
                 if "abstained" in part:
                     kept = json.loads(str(part["abstained"]))
                     self.abstained |= {int(row): (codes, detail) for row, (codes, detail) in kept.items()}

@@ -58,19 +58,28 @@ def metadata_arrays(table: pd.DataFrame, task: TaskSpec) -> dict[str, np.ndarray
     return columns
 
 
+def check_context(bundle: Bundle, wanted: str) -> None:
+    """Refuses a context that the bundle lacks, before any file of the table is read.
+
+    Raises:
+        ValueError: the bundle lacks it.
+    """
+    if wanted not in ("auto", *bundle.manifest.contexts):
+        raise ValueError(f"context = {wanted!r}: the model has {sorted(bundle.manifest.contexts)}")
+
+
 def choose_context(bundle: Bundle, table: pd.DataFrame, wanted: str) -> str:
     """The richest context that the bundle and the table allow, or the one asked for.
 
     Raises:
         ValueError: the bundle lacks it, or it needs a context group that rows of the table do not have.
     """
+    check_context(bundle, wanted)
     named = bool((table["context"] != "").all())
     if wanted == "auto":
         if "patient" in bundle.contexts and named:
             return "patient"
         return "none" if "none" in bundle.contexts else "image_only"
-    if wanted not in bundle.contexts:
-        raise ValueError(f"context = {wanted!r}: the model has {sorted(bundle.contexts)}")
     if wanted == "patient" and not named:
         raise ValueError(f"context = 'patient': {bundle.task.context_group} is empty in some rows")
     return wanted
@@ -97,6 +106,9 @@ def score_table(
     """
     task = bundle.task
     table, quarantine = read_metadata(metadata, task, require_labels=False)
+    if context != "auto":
+        # A wrong wish costs no scoring. "auto" is settled by the rows that can be scored.
+        choose_context(bundle, table, context)
     log_probabilities, without_metadata = None, 0
     abstained: list[AbstainedRow] = []
     if "image" in bundle.manifest.modalities:
@@ -108,7 +120,8 @@ def score_table(
         raise ValueError(f"no row of {metadata} can be scored: {quarantine[-1].reason}, {quarantine[-1].detail}")
 
     used = choose_context(bundle, table, context)
-    probabilities = _fuse(bundle, used, log_probabilities, table)
+    trusted = ~table["id"].isin({row.id for row in abstained}).to_numpy()
+    probabilities = _fuse(bundle, used, log_probabilities, table, trusted)
     result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
     if task.num_classes > 2:
         for number, name in enumerate(task.classes):
@@ -158,13 +171,13 @@ def _image_scores(
     bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
 ) -> ScoreParts:
     """The image scores of all rows, of which only those are made here that no earlier attempt has kept."""
-    kept = ScoreParts(parts, len(rows), bundle.task.num_classes)
+    rule = bundle.abstention()
+    kept = ScoreParts(parts, len(rows), bundle.task.num_classes, with_abstained=rule is not None)
     missing = np.flatnonzero(~kept.done)
     if len(missing) < len(rows):
         say(f"{len(rows) - len(missing)} of {len(rows)} images were scored by an earlier attempt")
     with Progress("scored images", say) as progress:
         progress(len(rows) - len(missing), len(rows))
-        rule = bundle.abstention()
         options = ScoringOptions(
             distance=None if rule is None else rule.distance, with_quality=rule is not None, num_scorers=num_scorers
         )
@@ -189,17 +202,30 @@ def abstentions(rule: AbstentionRule, scored: ScoredImages, names: np.ndarray) -
     return found
 
 
-def _fuse(bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame) -> np.ndarray:
+def _fuse(
+    bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame, trusted: np.ndarray
+) -> np.ndarray:
     """Pass 2: probabilities float64 (N, K), some thousand rows at a time: the features of a row take a hundred times
     the memory of the row. A patient's rows stay together."""
     model = bundle.contexts[context]
     groups = table["context"].to_numpy(str) if context == "patient" else None
+
+    def predict(rows: np.ndarray, compared: np.ndarray | None = None) -> np.ndarray:
+        columns = None if context == "image_only" else metadata_arrays(table.iloc[rows], bundle.task)
+        image = None if log_probabilities is None else log_probabilities[rows]
+        return model.predict(image, columns, None if groups is None else groups[rows], compared)
+
     order = np.arange(len(table)) if groups is None else np.argsort(groups, kind="stable")
     probabilities = np.empty((len(table), bundle.task.num_classes))
     for part in _whole_groups(order, groups):
-        columns = None if context == "image_only" else metadata_arrays(table.iloc[part], bundle.task)
-        image = None if log_probabilities is None else log_probabilities[part]
-        probabilities[part] = model.predict(image, columns, None if groups is None else groups[part])
+        probabilities[part] = predict(part)
+        if groups is None or trusted[part].all():
+            continue
+        # The score of a picture that shows no lesion says nothing about the patient's others. Its own row keeps the
+        # number from above: trees that never saw a gap in these features would read one as the lowest rank.
+        mixed = part[np.isin(groups[part], groups[part[~trusted[part]]])]
+        keep = trusted[mixed]
+        probabilities[mixed[keep]] = predict(mixed, keep)[keep]
     return probabilities
 
 

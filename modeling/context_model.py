@@ -75,6 +75,7 @@ class ContextModel:
         image_log_probabilities: np.ndarray | None,
         columns: Mapping[str, Sequence] | None = None,
         groups: Sequence | None = None,
+        trusted: np.ndarray | None = None,
     ) -> np.ndarray:
         """Calibrated class probabilities.
 
@@ -83,6 +84,7 @@ class ContextModel:
                 fitted without images.
             columns: metadata column -> N values; None or absent columns = missing. Not read in "image_only".
             groups: patient ids (N,), needed in "patient" only.
+            trusted: bool (N,), whose image scores other lesions of the patient are compared with; None = all.
 
         Returns:
             float64 (N, K), rows sum to 1; the malignant columns sum to the risk.
@@ -94,7 +96,7 @@ class ContextModel:
         corrections: np.ndarray | float = 0.0
         num_rows = 0 if image is None else len(image)
         if self.boosters or image is None:
-            matrix, _ = self.spec.build(columns, image, groups)
+            matrix, _ = self.spec.build(columns, image, groups, trusted=trusted)
             num_rows = len(matrix)
             scores = [raw_scores(booster, matrix, self.malignant_mask) for booster in self.boosters]
             corrections = sum(scores) / max(len(scores), 1)

@@ -148,6 +148,7 @@ class FeatureSpec(BaseModel):
         image_log_probabilities: np.ndarray | None,
         groups: Sequence | None = None,
         context: Context | None = None,
+        trusted: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """Builds the features of N lesions.
 
@@ -157,6 +158,8 @@ class FeatureSpec(BaseModel):
             image_log_probabilities: float (N, K), needed when the spec was fitted with images.
             groups: patient ids (N,), needed in context "patient"; rows without an id stand alone.
             context: must equal the spec's; given by callers that hold several specs.
+            trusted: bool (N,), whose image scores other lesions of the patient are compared with; None = all. The
+                others' own image scores are compared with nothing (NaN); their metadata count as all others' do.
 
         Returns:
             (matrix float32 (N, F), feature names (F,)). Missing values and unseen categories are NaN.
@@ -168,7 +171,7 @@ class FeatureSpec(BaseModel):
             raise ValueError(f"context is {context!r}; these features were fitted for {self.context!r}")
         columns = {} if columns is None else columns
         num_rows = self._num_rows(columns, image_log_probabilities, groups)
-        return self.assemble(self.encode(columns, num_rows), image_log_probabilities, groups)
+        return self.assemble(self.encode(columns, num_rows), image_log_probabilities, groups, trusted)
 
     def encode(self, columns: Mapping[str, Sequence], num_rows: int) -> np.ndarray:
         """The lesions' own metadata as numbers: float64 (N, numeric + categorical columns), NaN = missing or unseen."""
@@ -184,7 +187,11 @@ class FeatureSpec(BaseModel):
         return encoded
 
     def assemble(
-        self, encoded: np.ndarray, image_log_probabilities: np.ndarray | None, groups: Sequence | None = None
+        self,
+        encoded: np.ndarray,
+        image_log_probabilities: np.ndarray | None,
+        groups: Sequence | None = None,
+        trusted: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """`build` from the result of `encode`: (matrix float32 (N, F), feature names (F,))."""
         numbers = encoded[:, : len(self.numeric)]
@@ -201,7 +208,8 @@ class FeatureSpec(BaseModel):
                 *(f"image_log_probability_{c}" for c in range(log_probabilities.shape[1])),
             ]
         if self.context == "patient":
-            relative = np.concatenate([numbers, image_score], axis=1)
+            compared = image_score if trusted is None else np.where(trusted[:, None], image_score, np.nan)
+            relative = np.concatenate([numbers, compared], axis=1)
             relative_names = [*self.numeric, *(["image_malignant_logit"] if self.malignant is not None else [])]
             for scope, codes in self._scopes(encoded, groups).items():
                 blocks += [z_scores(relative, codes), percentile_ranks(relative, codes)]

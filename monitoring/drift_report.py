@@ -100,14 +100,16 @@ def judge_window(
         return WindowDrift("insufficient", num_rows, num_groups), []
     columns = drift_features(reference, current, task)
     features = [item for item in columns if present(item.reference).any() and present(item.current).any()]
-    not_judged = {item.name: "no value in the window or none in the reference" for item in columns}
-    for item in features:
-        del not_judged[item.name]
     reference_groups, current_groups = reference["group"].to_numpy(), current["group"].to_numpy(dtype=str)
     share = settings.false_alarm_rate / 2
     verdicts = feature_drift(
         features, reference_groups, current_groups, share, settings.num_resamples, seed=settings.seed
     )
+    not_judged = {item.name: "no value in the window or none in the reference" for item in columns}
+    not_judged |= {item.name: "too few values to know what chance does" for item in features}
+    for verdict in verdicts:
+        del not_judged[verdict.name]
+    features = [item for item in features if item.name not in not_judged]
     embedding = _judge_embedding(reference, current, share, settings)
     if embedding is None:
         not_judged[EMBEDDING] = "too few patients with an embedding"

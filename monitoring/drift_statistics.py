@@ -74,7 +74,7 @@ def feature_drift(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> list[FeatureDrift]:
-    """Judges every feature; on an unchanged day the chance that any of them drifts is `false_alarm_rate`.
+    """Judges the features; on an unchanged day the chance that any of them drifts is `false_alarm_rate`.
 
     Two samples of whole patients, of the reference's and of the day's size, are drawn from the reference
     `num_resamples` times. Each feature's distances are divided by their 95 % quantile, the largest over the features
@@ -83,12 +83,21 @@ def feature_drift(
     Args:
         features: columns of equal length per side, with at least one value on each.
         reference_groups, current_groups: the patient of each row, (N,) and (M,).
+
+    Returns:
+        A verdict per feature, in order, without those whose few values are all of patients that calibration left out
+        on one side: no distance of theirs could be resampled.
     """
-    if not features:
-        return []
     rng = np.random.default_rng(seed)
     reference_codes, keep_reference = _thin(reference_groups, MAX_CALIBRATION_ROWS, rng)
     current_codes, keep_current = _thin(current_groups, MAX_CALIBRATION_ROWS, rng)
+    features = [
+        feature
+        for feature in features
+        if present(feature.reference[keep_reference]).any() and present(feature.current[keep_current]).any()
+    ]
+    if not features:
+        return []
     draws = _Draws(rng, num_resamples, reference_codes.max() + 1, current_codes.max() + 1)
     null = np.empty((len(features), num_resamples))
     for index, feature in enumerate(features):

@@ -24,6 +24,8 @@ class GateRules(BaseModel):
         min_sensitivity: at the operating threshold, which was chosen on out-of-fold predictions.
         max_auc_drop, max_pauc_drop: how much worse than the champion the point estimate may be.
         min_calibration_slope, max_calibration_slope: 1 is ideal; below 1 the risks are too extreme.
+        max_gate_refusals: share of the gate split's pictures that the abstention rule may refuse: metrics count them
+            all, but for these a user gets no answer. Not asked of a bundle without such a rule.
         require_engine_parity: an engine set must exist, and every device's must hold an engine that agrees with torch.
             Not asked of a bundle without an image model.
         require_same_task: a champion of other classes is not replaced: callers would read the answers wrongly.
@@ -42,6 +44,7 @@ class GateRules(BaseModel):
     max_pauc_drop: float | None = Field(0.01, ge=0, le=0.2)
     min_calibration_slope: float | None = Field(0.5, gt=0)
     max_calibration_slope: float | None = Field(2.0, gt=0)
+    max_gate_refusals: float | None = Field(0.05, ge=0, le=1)
     require_engine_parity: bool = True
     require_same_task: bool = True
 
@@ -134,6 +137,14 @@ def _comparison_results(
         yield _at_most(rule, context, None if new is None else round(old - new, 9), limit)
 
 
+def _refusals(bundle: Bundle, limit: float | None) -> Iterator[RuleResult]:
+    rule = bundle.abstention()
+    if limit is not None and rule is not None:
+        # A rule that was never measured holds nothing: no value, and the gate fails.
+        share = rule.measured.get("gate", {}).get("all", {}).get("share")
+        yield _at_most("max_gate_refusals", "", share, limit)
+
+
 def _engine_result(engine_sets: Sequence[EngineSet]) -> RuleResult:
     refused = [engine_set.device for engine_set in engine_sets if not engine_set.passed]
     value = "no engine set; run export_engine" if not engine_sets else f"refused on {refused}" if refused else "agrees"
@@ -173,6 +184,7 @@ def check_gate(
             value = f"{candidate.task.name}: {', '.join(candidate.task.classes)}"
             limit = f"the champion's {champion.task.name}: {', '.join(champion.task.classes)}"
             results.append(RuleResult(rule="require_same_task", context="", value=value, limit=limit, passed=same))
+    results += _refusals(candidate, rules.max_gate_refusals)
     if rules.require_engine_parity and "image" in candidate.manifest.modalities:
         results.append(_engine_result(engine_sets))
     return GateReport(

@@ -1,11 +1,12 @@
 """Batch scoring: a metadata CSV and its HDF5 pictures in, `isic_id,target` out (CSV or Parquet). Rows that cannot be
-scored go to a quarantine file beside the output with the reason; the others are scored. Those whose score should not be
-trusted (blurred, badly exposed, unlike training) are also listed with reasons in `<out>.abstained.csv`."""
+scored are listed with the reason in `<out's stem>.quarantine.csv`; every other row gets a number. Those whose number
+should not be trusted (blurred, badly exposed, unlike training) are also listed, in `<out's stem>.abstained.csv`."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ import pandas as pd
 from pydantic import Field
 
 from data_pipelines.dataset_version import file_sha256
-from data_pipelines.hdf5_index import images_bytes, images_location, is_url, open_hdf5
-from data_pipelines.table_scoring import score_table
+from data_pipelines.hdf5_index import images_bytes, images_location, images_state, open_hdf5
+from data_pipelines.table_scoring import check_context, score_table
 from modeling.bundle import Bundle, load_bundle
 from modeling.registry import find_model
 from ray_jobs.job import JobConfig, Location, connect_ray, run_job, say
@@ -57,28 +58,34 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     partial.replace(out)
 
 
-def write_rows(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Writes a file beside the output; without rows it removes an earlier run's and returns False."""
-    if not rows:
+def write_beside(out: Path, name: str, header: list[str], rows: Sequence[Sequence[str]]) -> Path:
+    """Writes `<out's stem>.<name>.csv`, whole or not at all, and returns its path; without rows there is no such file.
+
+    A .csv and a .parquet of one stem share it: replacing what the other one's run wrote is said.
+    """
+    path = out.with_name(f"{out.stem}.{name}.csv")
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    before, after = path.read_bytes() if path.exists() else b"", text.getvalue().encode() if rows else b""
+    other = out.with_suffix(".csv" if out.suffix == ".parquet" else ".parquet")
+    if before not in (b"", after) and other.exists():
+        say(f"{path} is shared with {other.name}; from now on it is about {out.name} alone")
+    if rows:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(after)
+        partial.replace(path)
+    else:
         path.unlink(missing_ok=True)
-        return False
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return True
+    return path
 
 
 def parts_folder(out: Path, bundle_digest: str, images: str | None, metadata: str) -> Path:
     """Where unfinished scores of exactly this model and these files are kept, beside the output.
 
-    The pictures are known by place, size and time: hashing gigabytes would cost more than most interruptions.
+    The pictures are known by place, size and state: hashing gigabytes would cost more than most interruptions.
     """
-    if images is None:
-        facts: list[object] = []
-    else:
-        changed = None if is_url(images) else Path(images).stat().st_mtime_ns
-        facts = [images_location(images), images_bytes(images), changed]
+    facts = [] if images is None else [images_location(images), images_bytes(images), images_state(images)]
     # A table that is not there is reported when it is read.
     table = file_sha256(metadata) if Path(metadata).is_file() else ""
     identity = json.dumps([bundle_digest, *facts, table])
@@ -91,6 +98,7 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
         raise ValueError(f"out = {config.out!r}: expected a name ending in .csv or .parquet")
     bundle, name = open_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
     say(f"scoring with {name} ({bundle.task.name}, {bundle.manifest.backbone})")
+    check_context(bundle, config.context)
     reads_images = "image" in bundle.manifest.modalities
     if reads_images:
         if config.images is None:
@@ -101,13 +109,15 @@ def run(config: ScoreDatasetConfig) -> dict[str, Any]:
     if reads_images:
         connect_ray()
     scored = score_table(bundle, images, config.metadata, config.context, config.num_scorers, parts, say)
+    # The scores come last: whoever finds them finds the lists as well, and until then the parts can make all three.
+    quarantine = write_beside(out, "quarantine", ["id", "reason", "detail"], scored.quarantine)
+    abstained = write_beside(out, "abstained", ["id", "reasons", "detail"], scored.abstained)
     write_table(scored.table, out)
     for left in out.parent.glob(f".{out.name}.parts-*"):
         shutil.rmtree(left)
-    quarantine, abstained = (out.with_name(f"{out.stem}.{name}.csv") for name in ("quarantine", "abstained"))
-    if write_rows(quarantine, ["id", "reason", "detail"], scored.quarantine):
+    if scored.quarantine:
         say(f"{len(scored.quarantine)} rows could not be scored; reasons in {quarantine}")
-    if write_rows(abstained, ["id", "reasons", "detail"], scored.abstained):
+    if scored.abstained:
         say(f"{len(scored.abstained)} of the scored rows should not be trusted; reasons in {abstained}")
     return {
         "out": str(out),

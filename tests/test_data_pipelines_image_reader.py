@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import image_reader
-from data_pipelines.hdf5_index import build_index, images_bytes
+from data_pipelines.hdf5_index import build_index, images_bytes, images_state
 from data_pipelines.image_reader import ImageReader
 
 BUCKET = "lesions"
@@ -63,6 +63,17 @@ def shuffled(index, seed=0):
     """Rows in random order, some of them twice, as an epoch draws them."""
     order = np.random.default_rng(seed).integers(0, len(index.ids), 100)
     return index.ids[order], index.offset[order], index.size[order]
+
+
+def test_an_object_that_is_replaced_by_another_of_its_size_is_noticed(s3):
+    url = f"s3://{BUCKET}/replaced.hdf5"
+    s3.pipe(url, b"first")
+    first = images_state(url)
+    assert images_state(url) == first
+    s3.pipe(url, b"other")
+    assert images_bytes(url) == 5 and images_state(url) != first
+    with pytest.raises(ValueError, match="replaced.hdf4 does not exist"):
+        images_state(url.replace("hdf5", "hdf4"))
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])

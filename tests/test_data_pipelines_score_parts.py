@@ -22,42 +22,51 @@ def add(parts, rows, errors=None):
 
 
 def test_a_second_attempt_finds_what_reached_the_disk(tmp_path, small_parts):
-    first = ScoreParts(tmp_path, 10, 2)
+    first = ScoreParts(tmp_path, 10, 2, with_abstained=True)
     add(first, [7, 1])
     add(first, [0, 9], {9: "not a picture"})
     add(first, [4])  # still waiting when the process is killed
-    second = ScoreParts(tmp_path, 10, 2)
+    second = ScoreParts(tmp_path, 10, 2, with_abstained=True)
     assert np.flatnonzero(second.done).tolist() == [0, 1, 7, 9]
     assert np.array_equal(second.log_probabilities[[7, 1]], scores([7, 1])) and second.errors == {9: "not a picture"}
     add(second, [4, 5])
     second.flush()
-    third = ScoreParts(tmp_path, 10, 2)
+    third = ScoreParts(tmp_path, 10, 2, with_abstained=True)
     assert np.flatnonzero(third.done).tolist() == [0, 1, 4, 5, 7, 9]
     assert np.isnan(third.log_probabilities[2]).all()
 
 
-def test_what_was_abstained_from_is_kept_with_its_part_and_older_parts_have_none(tmp_path, small_parts):
-    first = ScoreParts(tmp_path, 10, 2)
+def test_what_was_abstained_from_is_kept_with_its_part(tmp_path, small_parts):
+    first = ScoreParts(tmp_path, 10, 2, with_abstained=True)
     first.add(np.array([3, 1, 2, 8]), scores([3, 1, 2, 8]), {}, {1: ("blurred noisy", "sharpness 9"), 8: ("a", "b")})
+    second = ScoreParts(tmp_path, 10, 2, with_abstained=True)
+    assert second.abstained == first.abstained == {1: ("blurred noisy", "sharpness 9"), 8: ("a", "b")}
+
+
+def test_a_part_that_asked_no_rule_is_scored_again_by_a_model_that_has_one(tmp_path, small_parts):
+    add(ScoreParts(tmp_path, 10, 2, with_abstained=False), [3, 1, 2, 8], {8: "not a picture"})
     with np.load(tmp_path / "scores-000000.npz") as part:
         older = {name: part[name] for name in part.files if name != "abstained"}
-    second = ScoreParts(tmp_path, 10, 2)
-    assert second.abstained == first.abstained == {1: ("blurred noisy", "sharpness 9"), 8: ("a", "b")}
     np.savez(tmp_path / "scores-000000.npz", **older)
-    assert ScoreParts(tmp_path, 10, 2).abstained == {}
+    assert ScoreParts(tmp_path, 10, 2, with_abstained=False).done.sum() == 4
+    second = ScoreParts(tmp_path, 10, 2, with_abstained=True)
+    assert not second.done.any() and second.errors == {} and np.isnan(second.log_probabilities).all()
+    second.add(np.array([1, 2, 3, 8]), scores([1, 2, 3, 8]), {}, {2: ("blurred", "x")})
+    third = ScoreParts(tmp_path, 10, 2, with_abstained=True)
+    assert third.done.sum() == 4 and third.errors == {} and third.abstained == {2: ("blurred", "x")}
 
 
 def test_a_row_is_never_taken_twice(tmp_path, small_parts):
-    parts = ScoreParts(tmp_path, 10, 2)
+    parts = ScoreParts(tmp_path, 10, 2, with_abstained=True)
     add(parts, [1, 2])
     with pytest.raises(AssertionError, match="scored twice"):
         add(parts, [2, 3])
 
 
 def test_a_part_that_was_being_written_does_not_count(tmp_path, small_parts):
-    add(ScoreParts(tmp_path, 10, 2), [0, 1, 2, 3])
+    add(ScoreParts(tmp_path, 10, 2, with_abstained=True), [0, 1, 2, 3])
     (tmp_path / "scores-000001.npz.4711.tmp").write_bytes(b"half")
-    assert ScoreParts(tmp_path, 10, 2).done.sum() == 4
+    assert ScoreParts(tmp_path, 10, 2, with_abstained=True).done.sum() == 4
 
 
 def test_pieces_hold_whole_patients_and_every_row_once(monkeypatch):

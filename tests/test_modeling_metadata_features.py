@@ -64,6 +64,23 @@ def test_patient_features_compare_with_the_same_patient_and_site():
     np.testing.assert_allclose(features["patient_z_clin_size_long_diam_mm"], 0)
 
 
+def test_a_refused_lesion_shifts_no_other_lesions_image_rank_and_keeps_its_place_in_the_metadata():
+    trusted = np.array([True, False, True, True, True, True])
+    spec = FeatureSpec.fit("patient", TASK, COLUMNS)
+    matrix, names = spec.build(COLUMNS, IMAGE, PATIENTS, trusted=trusted)
+    features, all_count = {name: matrix[:, i] for i, name in enumerate(names)}, _build("patient")
+    alone, _ = spec.build(
+        {name: np.array(values, object)[trusted] for name, values in COLUMNS.items()}, IMAGE[trusted], [*"ppqqr"]
+    )
+    for name, values in features.items():
+        if name.endswith("image_malignant_logit") and name != "image_malignant_logit":
+            assert np.isnan(values[1])
+            np.testing.assert_array_equal(values[trusted], alone[:, names.index(name)])
+        else:
+            np.testing.assert_array_equal(values, all_count[name])
+    assert not np.array_equal(features["patient_z_image_malignant_logit"], all_count["patient_z_image_malignant_logit"])
+
+
 def test_one_patient_alone_gets_the_features_it_had_among_others():
     everyone = FeatureSpec.fit("patient", TASK, COLUMNS)
     matrix, _ = everyone.build(COLUMNS, IMAGE, PATIENTS)

@@ -96,6 +96,19 @@ def test_a_column_that_is_no_longer_sent_is_drift(known):
     assert "age_approx" in verdict.not_judged
 
 
+def test_a_column_with_too_few_values_is_named_and_the_report_of_the_others_is_written(known, monkeypatch, tmp_path):
+    monkeypatch.setattr("monitoring.drift_statistics.MAX_CALIBRATION_ROWS", 100)
+    current = day(shifted=True)
+    # Calibration thins by whole patients and cannot take this one.
+    crowd = pd.concat([current[:1].assign(group="crowd")] * 101, ignore_index=True)
+    current = pd.concat([current.assign(**{"meta.age_approx": None}), crowd], ignore_index=True)
+    verdict, features = judge_window(known, current, TASK, SETTINGS)
+    assert verdict.not_judged == {"age_approx": "too few values to know what chance does"}
+    assert "age_approx" not in {feature.name for feature in features}
+    assert {"red", "blur", "age_approx missing"} <= set(verdict.drifted)
+    write_json(tmp_path / "drift.json", verdict.to_json())
+
+
 def test_values_of_the_wrong_type_are_missing_not_fatal(known):
     current = day()
     current["meta.age_approx"] = current["meta.age_approx"].astype(object)

@@ -141,3 +141,30 @@ def test_a_constant_column_that_moves_is_found():
     (other,) = feature_drift([Feature("c", "numeric", constant, moved)], groups, groups, 0.01, 100)
     assert (same.distance, same.drifted, other.drifted) == (0.0, False, True)
     assert feature_drift([], groups, groups, 0.01) == []
+
+
+@pytest.mark.parametrize("kind", ["numeric", "categorical"])
+@pytest.mark.parametrize("side", ["reference", "current"])
+def test_a_feature_whose_few_values_calibration_left_out_is_not_judged_and_spoils_no_other(monkeypatch, side, kind):
+    monkeypatch.setattr(drift_statistics, "MAX_CALIBRATION_ROWS", 150)
+    rng = np.random.default_rng(3)
+    sides = {"reference": patients(rng, 45, (4, 6), 0.5, 2), "current": patients(rng, 50, (4, 6), 0.5, 2)}
+    sides["current"][0][:, 1] += 1.5
+    values, groups = sides[side]
+    # The only patient with values has more rows than calibration takes.
+    known = np.append(np.zeros(len(groups), bool), np.ones(151, bool))
+    sides[side] = (np.concatenate([values, rng.normal(size=(151, 2))]), np.append(groups, np.repeat(999, 151)))
+    whole = [
+        Feature(f"f{index}", "numeric", sides["reference"][0][:, index], sides["current"][0][:, index])
+        for index in (0, 1)
+    ]
+    columns = {name: np.ones(len(groups)) for name, (_, groups) in sides.items()}
+    columns[side][~known] = np.nan
+    if kind == "categorical":
+        columns = {name: np.where(np.isnan(c), None, "yes").astype(object) for name, c in columns.items()}
+    rare = Feature("rare", kind, columns["reference"], columns["current"])
+    both = sides["reference"][1], sides["current"][1]
+    alone = feature_drift(whole, *both, 0.01, 200)
+    assert feature_drift([whole[0], rare, whole[1]], *both, 0.01, 200) == alone
+    assert [verdict.drifted for verdict in alone] == [False, True]
+    assert feature_drift([rare], *both, 0.01, 200) == []

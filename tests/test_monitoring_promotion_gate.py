@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits
 from monitoring.promotion_gate import GateRules, check_gate
+from tests.bundle_factory import lesion_rule
 from tests.tiny_bundle import GATE_METRICS, tiny_bundle
 
 
@@ -142,6 +144,21 @@ def test_every_device_that_was_tried_must_agree_with_torch(make, sets, value):
     assert failed(report) == ["require_engine_parity"]
     assert report.failed[0].value == value
     assert check_gate(GateRules(require_engine_parity=False), make(), None, sets).passed
+
+
+@pytest.mark.parametrize(
+    ("refused", "passes"),
+    [({"gate": {"all": {"share": 0.05}}}, True), ({"gate": {"all": {"share": 0.0501}}}, False), ({}, False)],
+)
+def test_a_model_that_refuses_too_many_usable_pictures_is_not_promoted(tmp_path, refused, passes):
+    rule = replace(lesion_rule(100), measured=refused)
+    bundle = tiny_bundle(tmp_path / "bundle", abstention=rule)
+    report = check_gate(GateRules(), bundle, None, [engine_set()])
+    (line,) = [result for result in report.results if result.rule == "max_gate_refusals"]
+    share = refused["gate"]["all"]["share"] if refused else None
+    assert (line.value, line.limit, line.passed) == (share, "<= 0.05", passes)
+    assert failed(report) == ([] if passes else ["max_gate_refusals"])
+    assert check_gate(GateRules(max_gate_refusals=None), bundle, None, [engine_set()]).passed
 
 
 def test_a_candidate_that_answers_less_or_other_classes_does_not_replace_a_champion(make, tmp_path):

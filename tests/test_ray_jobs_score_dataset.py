@@ -1,4 +1,5 @@
-"""The job on a real cluster: what it writes, and that a killed run goes on instead of scoring a row twice."""
+"""The job on a real cluster: what it writes, which rows it lists as not to be trusted, and that a killed run goes on
+instead of scoring a row twice."""
 
 import json
 import os
@@ -8,30 +9,36 @@ import subprocess
 import sys
 import time
 
-import cv2
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
+from modeling.bundle import load_bundle
 from ray_jobs.job import REPO_ROOT
+from serve.image_scorer import ImageScorerLogic
+from serve.lesion import prepare
+from serve.settings import ModelReference, UploadLimits
+from tests.bundle_factory import blank_image, lesion_image, lesion_rule
 from tests.tiny_bundle import SIZE, tiny_bundle
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 NUM_ROWS = 16_000
+# Every 16th picture shows no lesion.
+PICTURES = [lesion_image(seed) for seed in range(60)]
+for _position, _grey in ((3, 0), (19, 255), (35, 70), (51, 128)):
+    PICTURES.insert(_position, blank_image(_grey))
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """16,000 tiny pictures with metadata; one is broken, one row has no picture, one an impossible age."""
+    """16,000 pictures with metadata; one is broken, one row has no picture, one an impossible age."""
     folder = tmp_path_factory.mktemp("scoring")
-    tiny_bundle(folder / "bundle", contexts=["image_only", "none"])
+    tiny_bundle(folder / "bundle", contexts=["image_only", "none"], abstention=lesion_rule())
     rng = np.random.default_rng(0)
-    flat = [np.full((SIZE, SIZE, 3), rng.integers(0, 255, 3), np.uint8) for _ in range(64)]
-    encoded = [cv2.imencode(".png", picture)[1].tobytes() for picture in flat]
     with h5py.File(folder / "images.hdf5", "w") as file:
         for number in range(NUM_ROWS - 1):
-            file[f"ISIC_{number:07d}"] = np.void(b"broken" if number == 77 else encoded[number % 64])
+            file[f"ISIC_{number:07d}"] = np.void(b"broken" if number == 77 else PICTURES[number % 64])
     table = pd.DataFrame(
         {
             "isic_id": [f"ISIC_{number:07d}" for number in range(NUM_ROWS)],
@@ -66,6 +73,28 @@ def score(inputs, out, ray_cluster):
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+def refused_by_the_service(bundle):
+    """Ids of the table's scored rows -> reason codes, from the service's own parts."""
+    reference = ModelReference(bundle_uri=str(bundle.directory), sha256=bundle.digest, version="1")
+    scorer, rule = ImageScorerLogic(reference, max_batch_size=1), bundle.abstention()
+    reasons = []
+    for data in PICTURES:
+        image = prepare(data, SIZE, UploadLimits())
+        (found,) = rule.refusals(image.quality, scorer.score(image.pixels[None]).distances)
+        reasons.append(" ".join(refusal.reason for refusal in found))
+    rows = set(range(NUM_ROWS - 1)) - {5, 77}
+    return {f"ISIC_{row:07d}": reasons[row % 64] for row in sorted(rows) if reasons[row % 64]}
+
+
+def mark_a_kept_row(part):
+    """Says of one row in a kept part that it was abstained from, as no rule says it."""
+    with np.load(part) as kept:
+        arrays = dict(kept)
+    abstained = json.loads(str(arrays["abstained"]))
+    row = next(int(row) for row in arrays["row"] if str(row) not in abstained)
+    np.savez(part, **arrays | {"abstained": json.dumps(abstained | {row: ["kept", "by the first attempt"]})})
+
+
 def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster, inputs, tmp_path):
     whole, _ = score(inputs, tmp_path / "whole.csv", ray_cluster)
     assert (whole["rows"], whole["quarantined"]) == (NUM_ROWS - 3, 3)
@@ -75,6 +104,10 @@ def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster
         "ISIC_0000077": "undecodable",
         f"ISIC_{NUM_ROWS - 1:07d}": "image_missing",
     }
+
+    listed = pd.read_csv(tmp_path / "whole.abstained.csv")
+    refused = refused_by_the_service(load_bundle(inputs / "bundle"))
+    assert listed.set_index("id")["reasons"].to_dict() == refused and len(refused) == whole["abstained"] >= 4 * 249
 
     out = tmp_path / "resumed.parquet"
     process = subprocess.Popen(
@@ -87,11 +120,18 @@ def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    kept = sum(len(np.load(part)["row"]) for part in tmp_path.glob(".resumed.parquet.parts-*/scores-*.npz"))
+    parts = sorted(tmp_path.glob(".resumed.parquet.parts-*/scores-*.npz"))
+    kept = sum(len(np.load(part)["row"]) for part in parts)
+    mark_a_kept_row(parts[0])
     resumed, said = score(inputs, out, ray_cluster)
     (earlier, total) = map(int, re.search(r"(\d+) of (\d+) images were scored by an earlier attempt", said).groups())
     assert earlier == kept and 0 < earlier < total == NUM_ROWS - 2
-    assert resumed | {"seconds": 0, "out": ""} == whole | {"seconds": 0, "out": ""}
+    # The mark is there: kept rows came from their part and were not scored again.
+    lists = pd.read_csv(tmp_path / "resumed.abstained.csv")
+    assert (lists["reasons"] == "kept").sum() == 1
+    pd.testing.assert_frame_equal(lists[lists["reasons"] != "kept"].reset_index(drop=True), listed)
+    same = {"seconds": 0, "out": "", "abstained": len(listed) + 1}
+    assert resumed | same == whole | same and resumed["abstained"] == len(listed) + 1
     first, second = pd.read_csv(tmp_path / "whole.csv"), pd.read_parquet(out)
     assert second["isic_id"].is_unique and first["isic_id"].tolist() == second["isic_id"].tolist()
     assert np.allclose(first["target"], second["target"], atol=1e-6)
@@ -105,13 +145,15 @@ def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster
         ("--images", "/nowhere/x.hdf5", "images file /nowhere/x.hdf5 does not exist"),
         ("--out", "scores.txt", "expected a name ending in .csv or .parquet"),
         ("--model", "/nowhere/bundle", "/nowhere/bundle"),
+        ("--context", "patient", "context = 'patient': the model has ['image_only', 'none']"),
     ],
 )
 def test_a_users_mistake_is_one_line_before_anything_starts(inputs, tmp_path, flag, value, says, dermray_home):
     done = subprocess.run(
         [*command(inputs, tmp_path / "x.csv"), flag, value],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        # Nothing listens there: a job that asked for a cluster would end with another message.
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT), "RAY_ADDRESS": "127.0.0.1:1"},
         capture_output=True,
         text=True,
         timeout=120,
