@@ -26,7 +26,8 @@ def version(tmp_path):
         malignant=["malignant"],
     )
     folds = [0, 2, -1, 1, 1, 0, -1, 2, 2, 0, 1]
-    lesions = pd.DataFrame({"id": [f"I{row}" for row in range(len(folds))], "fold": folds, "label": 0})
+    labels = [row % 3 == 0 for row in range(len(folds))]
+    lesions = pd.DataFrame({"id": [f"I{row}" for row in range(len(folds))], "fold": folds, "label": np.int64(labels)})
     return DatasetVersion(tmp_path, task, "digest", "images.hdf5", lesions, NUM_FOLDS)
 
 
@@ -60,8 +61,11 @@ class Trainings:
                 positions = self.version.positions([fold])
                 score = (10.0 * positions + fold)[::-1]
                 rows = np.arange(len(positions))[::-1]
-                table = pd.DataFrame({"row": rows, "label": 0, "lp_benign": score, "lp_malignant": -score})
-                table.to_parquet(checkpoint / "predictions_0.parquet")
+                labels = self.version.lesions["label"].to_numpy()[positions][::-1]
+                table = pd.DataFrame({"row": rows, "label": labels, "lp_benign": score, "lp_malignant": -score})
+                # Two workers' shares; the first one's metrics are what Ray Train reports.
+                for rank in (0, 1):
+                    table[table["row"] % 2 == rank].to_parquet(checkpoint / f"predictions_{rank}.parquet")
             return TrainedImageModel(checkpoint, {"auc": 0.5 if fold is None else fold / 10})
         finally:
             with self.lock:
@@ -76,7 +80,12 @@ def test_every_row_has_the_score_of_the_network_that_did_not_see_it(tmp_path, mo
     positions = version.training_positions
     expected = 10.0 * positions + version.lesions["fold"].to_numpy()[positions]
     assert np.array_equal(scores, np.stack([expected, -expected], axis=1))
-    assert [(row["fold"], row["auc"]) for row in metrics] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    malignant = version.lesions["label"].to_numpy()[positions] == 1
+    for row in metrics:
+        own = version.lesions["fold"].to_numpy()[positions] == row["fold"]
+        lower_first = [a < b for a in positions[own & malignant] for b in positions[own & ~malignant]]
+        assert row["auc"] == (np.mean(lower_first) if lower_first else None)
+    assert [row["fold"] for row in metrics] == [0, 1, 2] and any(row["auc"] is not None for row in metrics)
     # An ensemble's embedding is the first network's.
     assert [model.checkpoint.name for model in models] == [
         f"checkpoint_{name}" for name in ("refit", "fold_0", "fold_1", "fold_2")

@@ -112,6 +112,10 @@ def _out_of_fold(version: DatasetVersion, models: list[TrainedImageModel]) -> tu
         members = np.flatnonzero(folds == fold)
         assert len(rows) == len(members), f"fold {fold}: {len(rows)} predictions for {len(members)} rows"
         scores[members[rows]] = log_probabilities
-        metrics.append({"fold": fold, **model.metrics})
+        # Of all rows: a worker reports those of its own share.
+        whole = {
+            name: None if np.isnan(value) else value for name, value in model.validation_scores(version.task).items()
+        }
+        metrics.append({"fold": fold, **model.metrics, **whole})
     assert np.isfinite(scores).all(), "a training row has no out-of-fold score"
     return scores, metrics
