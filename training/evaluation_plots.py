@@ -120,6 +120,10 @@ def plot_clinical(
     decision.set(
         xscale="log", xlabel="risk from which one would act", ylabel="net benefit per lesion", title="Decision curve"
     )
+    highest = max((row["model"] for context in risks for row in clinical[context]["net_benefit"]), default=0.0)
+    if highest > 0:
+        # Treating all falls far below treating none at high thresholds; by how much is nobody's question.
+        decision.set_ylim(-0.3 * highest, 1.1 * highest)
     decision.legend(frameon=False)
     _confusion(confusion, np.array(clinical[last]["confusion"]), classes, names.get(last, last))
     _subgroups(subgroups, clinical[last]["subgroups"], names.get(last, last))
