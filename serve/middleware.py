@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# A connection that is closed with bytes unread is reset, and the reset overtakes the answer: a client that still sends
+# then sees a broken connection instead of a 413. So much, and so long, is read and thrown away before answering.
+DRAINED_BYTES, DRAIN_SECONDS = 64 * 2**20, 10.0
+
+
+async def drain(receive: Receive) -> None:
+    """Reads a body to its end, or until DRAINED_BYTES or DRAIN_SECONDS are over."""
+    drained = 0
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while drained < DRAINED_BYTES:
+                message = await receive()
+                drained += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 class BodyLimit:
@@ -33,7 +52,8 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
             problem = {"error": "too_large", "detail": f"request body: {announced} bytes; expected at most {limit}"}
-            # The body is not read, so the connection cannot be used again.
+            await drain(receive)
+            # Of a longer body the rest is not read, so the connection cannot be used again.
             await JSONResponse(problem, 413, {"Connection": "close"})(scope, receive, send)
             return
         received = 0
@@ -43,6 +63,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
+                if message.get("more_body", False):
+                    await drain(receive)
                 # FastAPI turns any other exception that ends its form parser into 400.
                 raise HTTPException(413, f"request body: expected at most {limit} bytes")
             return message
