@@ -115,6 +115,7 @@ print("nodes:", ray.get(count.remote()))
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_second_cluster_runs_beside_the_first_and_ends_alone(ray_cluster, tmp_path):
     before = {process.pid for process in processes.marked_processes(ray_cluster.state.cluster_id)}
     with LocalCluster(tmp_path) as second:

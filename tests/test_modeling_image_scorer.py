@@ -161,8 +161,16 @@ def test_a_model_that_cannot_be_built_says_why(arguments, message):
         create_scorer(num_classes=2, **arguments)
 
 
+TWO_HEADS = [True, True, False, False, True, False, False]
+
+
 @pytest.mark.parametrize(
-    ("members", "num_views", "malignant"), [(1, 1, None), (2, 4, [True, True, False, False, True, False, False])]
+    ("members", "num_views", "malignant"),
+    [
+        pytest.param(1, 1, None, marks=pytest.mark.slow),
+        (2, 2, TWO_HEADS),
+        pytest.param(2, 4, TWO_HEADS, marks=pytest.mark.slow),
+    ],
 )
 def test_the_exported_graph_is_the_same_function_at_any_batch_size(tmp_path, members, num_views, malignant):
     path = tmp_path / "image_scorer.onnx"
