@@ -16,8 +16,6 @@ from tune.search_space import Choice, Distribution, Integer, SearchSpace, Unifor
 
 # An axis of at most so many whole numbers shows each.
 MAX_GRID = 8
-
-
 # Line width, dashes, opacity and legend of a trial, by its state.
 _STYLES: dict[str, tuple[float, Any, float, str]] = {
     "finished": (2.4, "-", 1.0, "all folds"),

@@ -15,8 +15,6 @@ from tune.search_ledger import METRIC, SearchLedger, TrialEntry
 
 _TRIAL = "dermray.trial"
 _STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
-
-
 _COUNTED = ("finished", "pruned", "failed")
 
 
