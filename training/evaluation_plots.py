@@ -162,4 +162,5 @@ def _subgroups(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set(xlim=(0, 1.03), title=f"Subgroups at the operating threshold\n{name} (malignant/all)")
     handles = [Line2D([], [], marker="o", ls="", color=colour, label=measure) for measure, colour in colours.items()]
-    axes.legend(handles=handles, frameon=False, loc="lower left")
+    # Below the axis: a point may lie anywhere inside.
+    axes.legend(handles=handles, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=2)
