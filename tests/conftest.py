@@ -102,8 +102,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClust
 def _driver(ray_cluster: LocalCluster) -> Iterator[None]:
     """This process as a driver of `ray_cluster`, connected once.
 
-    Ray ends its metrics provider with the first `ray.shutdown()`; the exporting thread of a second connection is never
-    joined and, in one of fifteen runs, ran into freed objects while the process ended: exit status 139, all tests green.
+    Ray ends its metrics provider with the first `ray.shutdown()`. The exporting thread of a second connection is never
+    joined and, in one run of fifteen, met freed objects while the process ended: exit status 139 after green tests.
     """
     import ray
     from ray._raylet import AuthenticationTokenLoader
