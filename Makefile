@@ -53,7 +53,7 @@ test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 min
 test-all: $(INSTALLED)  ## the slow tests: a killed train worker, the whole demo (half an hour at most)
 	$(call run_pytest,-m slow)
 
-ham10000: $(INSTALLED)  ## train and promote a model of HAM10000 (an hour and a half on two cores)
+ham10000: $(INSTALLED)  ## train and promote a model of HAM10000 (1 h 40 min on two cores)
 	$(BIN)/python -m ray_jobs.prepare_dataset --config configs/ham10000/prepare_dataset.yaml
 	$(BIN)/python -m ray_jobs.train_model --config configs/ham10000/train_model.yaml
 	$(BIN)/python -m ray_jobs.export_engine --config configs/ham10000/export_engine.yaml
