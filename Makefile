@@ -5,6 +5,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TENSORRT := $(VENV)/.tensorrt
 # Any Python 3.11-3.13; `make PYTHON=/path/to/python3.12 setup` chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done)
@@ -50,8 +51,13 @@ endef
 test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
 	$(call run_pytest,-m 'not slow')
 
-test-all: $(INSTALLED)  ## the slow tests: a killed train worker, the whole demo (half an hour at most)
+test-all: $(TENSORRT)  ## the slow tests: a killed train worker, the whole demo (half an hour at most)
 	$(call run_pytest,-m slow)
+
+# 100 MB that only these tests need: TensorRT-RTX's builder works without a GPU.
+$(TENSORRT): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --no-compile --no-input -c constraints.txt -e '.[tensorrt-rtx]'
+	@touch $@
 
 ham10000: $(INSTALLED)  ## train and promote a model of HAM10000 (1 h 40 min on two cores)
 	$(BIN)/python -m ray_jobs.prepare_dataset --config configs/ham10000/prepare_dataset.yaml

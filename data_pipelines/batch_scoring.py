@@ -11,7 +11,7 @@ import ray.data
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.image_dataset import read_images, task_cpus
 from modeling.embedding_distance import EmbeddingDistance
-from modeling.engines import OnnxRuntimeEngine
+from modeling.onnxruntime_engine import OnnxRuntimeEngine
 
 QUALITY_COLUMNS = ("brightness", "contrast", "blur", "red", "green", "blue")
 

@@ -1,7 +1,8 @@
-"""Which engine runs a bundle best on this device: candidates are compared with torch, then timed side by side."""
+"""Which engine runs a bundle best on this device: candidates must be the same model, then are timed side by side."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,134 +11,154 @@ from datetime import UTC, datetime
 import numpy as np
 
 from modeling.bundle import Bundle
-from modeling.engine_set import (
-    Candidate,
-    CandidateReport,
-    EngineSet,
-    Objective,
-    Parity,
+from modeling.engine_interface import Engine
+from modeling.engine_parity import (
+    LesionParity,
+    Lesions,
+    LesionScores,
     ParityLimits,
-    cuda_available,
-    device_key,
-    engine_sets,
-    find_engine_set,
-    num_cores,
+    compare_on_lesions,
+    differences,
+    lesion_differences,
+    score_lesions,
 )
-from modeling.engines import Engine, EngineOutput, create_engine
-
-__all__ = [
-    "Candidate",
-    "EngineSet",
-    "ParityLimits",
-    "default_candidates",
-    "engine_sets",
-    "find_engine_set",
-    "measure_candidates",
-]
+from modeling.engine_set import Candidate, CandidateReport, EngineSet, Objective, device_key, num_cores
+from modeling.engines import create_engine
+from modeling.recorded_answers import measure_parity
 
 BUCKETS = (1, 8, 32)
+# A shorter measurement would be the clock's noise; a longer one makes no median better.
+_MIN_SAMPLE_S = 0.05
 
 
-def default_candidates() -> list[Candidate]:
-    """ONNX Runtime with one and two CPU threads, and on CUDA where this installation has it."""
-    cores = num_cores()
-    found = []
-    for threads in (1, 2):
-        if threads <= cores:
-            choice = {"engine": "onnxruntime", "options": {"threads": threads, "provider": "cpu"}}
-            found.append(Candidate(name=f"onnxruntime-cpu-{threads}", choice=choice, slots=cores // threads))
-    if cuda_available():
-        choice = {"engine": "onnxruntime", "options": {"threads": 1, "provider": "cuda"}}
-        found.append(Candidate(name="onnxruntime-cuda", choice=choice))
-    return found
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+class Judge:
+    """Starts candidates of one bundle and says which of them are still the same model.
 
-
-def _check_output(output: EngineOutput, rows: int, num_classes: int, embedding_dim: int) -> None:
-    expected = {"logits": (rows, num_classes), "embedding": (rows, embedding_dim), "cam": (rows, num_classes)}
-    for name, shape in expected.items():
-        got = getattr(output, name)
-        if got is None or got.ndim != (4 if name == "cam" else 2) or got.shape[:2] != shape:
-            raise ValueError(f"{name} has shape {getattr(got, 'shape', None)}; expected {shape} first")
-        if not np.isfinite(got).all():
-            raise ValueError(f"{name} holds values that are not finite in a batch of {rows}")
-
-
-def measure_parity(engine: Engine, reference: dict[str, np.ndarray], batches: Sequence[int] = BUCKETS) -> Parity:
-    """Largest differences between an engine and torch's recorded answers, in batches of every given size.
-
-    Args:
-        reference: images uint8 (P, S, S, 3), logits (P, K), embedding (P, D), as `Bundle.parity` returns them.
-
-    Raises:
-        ValueError: an output of the wrong shape or with values that are not finite.
+    Float32 engines are held to torch's recorded answers; engines of any precision to the float32 network's answers on
+    real lesions, where there are any. Without lesions no reduced precision passes: nothing would show what it costs.
     """
-    logits, embedding = reference["logits"].astype(np.float64), reference["embedding"].astype(np.float64)
-    differences = []
-    for batch in batches:
-        # The pictures repeat where there are fewer of them than a batch holds.
-        rows = np.arange(-(-len(logits) // batch) * batch) % len(logits)
-        for picked in rows.reshape(-1, batch):
-            output = engine.run(reference["images"][picked], with_cam=True)
-            _check_output(output, batch, logits.shape[1], embedding.shape[1])
-            differences.append(
-                (
-                    np.abs(_softmax(output.logits.astype(np.float64)) - _softmax(logits[picked])).max(),
-                    np.abs(output.logits - logits[picked]).max(),
-                    np.abs(output.embedding - embedding[picked]).max() / max(np.abs(embedding).max(), 1e-12),
-                )
-            )
-    probability, logit, relative = (float(value) for value in np.max(differences, axis=0))
-    return Parity(probability=probability, logit=logit, embedding=relative)
 
+    def __init__(
+        self,
+        bundle: Bundle,
+        lesions: Lesions | None,
+        limits: ParityLimits,
+        buckets: Sequence[int] = BUCKETS,
+        say: Callable[[str], None] = lambda message: None,
+    ):
+        self.engines: dict[str, Engine] = {}
+        self.reports: list[CandidateReport] = []
+        self._bundle, self._lesions, self._limits, self._buckets, self._say = bundle, lesions, limits, buckets, say
+        self._reference: LesionScores | None = None
+        self._known: dict[tuple, LesionParity] = {}
 
-def _admit(
-    bundle: Bundle, candidate: Candidate, limits: ParityLimits, buckets: Sequence[int]
-) -> tuple[Engine | None, CandidateReport]:
-    """Starts a candidate and compares it with torch; the engine is None where it is refused."""
-    try:
-        engine = create_engine(bundle, candidate.choice)
-        parity = measure_parity(engine, bundle.parity(), buckets)
-    except Exception as error:  # whatever an engine's library raises refuses this candidate, not the others
-        return None, CandidateReport(candidate=candidate, passed=False, reason=" ".join(str(error).split()))
-    over = [
-        f"{name} differs by {value:.2g}, limit {getattr(limits, name):.2g}"
-        for name, value in parity.model_dump().items()
-        if value > getattr(limits, name)
-    ]
-    report = CandidateReport(candidate=candidate, passed=not over, reason="; ".join(over), parity=parity)
-    return (None if over else engine), report
+    def admit(self, candidate: Candidate) -> CandidateReport:
+        """Starts and judges a candidate; those that pass are in `engines`."""
+        try:
+            engine = create_engine(self._bundle, candidate.choice)
+            report = self._judge(candidate, engine)
+        except Exception as error:  # whatever an engine's library raises refuses this candidate, not the others
+            engine, report = None, CandidateReport(candidate=candidate, passed=False, reason=_line(error))
+        self._say(f"{candidate.name}: " + ("the same model" if report.passed else f"refused: {report.reason}"))
+        self.reports.append(report)
+        if report.passed and engine is not None:
+            self.engines[candidate.name] = engine
+        return report
+
+    def _judge(self, candidate: Candidate, engine: Engine) -> CandidateReport:
+        float32 = candidate.precision == "fp32"
+        parity = measure_parity(engine, self._bundle.parity(), self._buckets)
+        reasons = differences(parity, self._limits, float32)
+        on_lesions = None
+        if self._lesions is not None and not reasons:
+            on_lesions = self._on_lesions(candidate, engine, self._lesions)
+            reasons = lesion_differences(on_lesions, self._limits, float32)
+        elif not float32 and not reasons:
+            reasons = ["no lesions of a gate split to compare it on"]
+        return CandidateReport(
+            candidate=candidate, passed=not reasons, reason="; ".join(reasons), parity=parity, lesions=on_lesions
+        )
+
+    def _on_lesions(self, candidate: Candidate, engine: Engine, lesions: Lesions) -> LesionParity:
+        # The number of threads changes the order of sums, which the recorded pictures bound.
+        options = {name: value for name, value in candidate.choice.get("options", {}).items() if name != "threads"}
+        family = (candidate.choice["engine"], candidate.precision, repr(options), repr(candidate.choice.get("network")))
+        if family not in self._known:
+            reference = self._float32_scores(lesions)
+            if family[:2] == ("onnxruntime", "fp32") and options.get("provider") == "cpu":
+                scores = reference
+            else:
+                scores = score_lesions(engine, self._bundle, lesions, self._progress(candidate.name, lesions))
+            self._known[family] = compare_on_lesions(self._bundle, lesions, scores, reference)
+        return self._known[family]
+
+    def _float32_scores(self, lesions: Lesions) -> LesionScores:
+        if self._reference is None:
+            options = {"threads": min(2, num_cores()), "provider": "cpu"}
+            engine = create_engine(self._bundle, {"engine": "onnxruntime", "options": options})
+            # The reference itself must be torch's network: an engine can agree with a broken file.
+            parity = measure_parity(engine, self._bundle.parity(), self._buckets)
+            if reasons := differences(parity, self._limits, float32=True):
+                raise ValueError(f"the float32 network is not torch's: {'; '.join(reasons)}")
+            self._reference = score_lesions(engine, self._bundle, lesions, self._progress("float32", lesions))
+        return self._reference
+
+    def _progress(self, name: str, lesions: Lesions) -> Callable[[int], None]:
+        last = time.monotonic()
+
+        def progress(done: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > 5:
+                last = time.monotonic()
+                self._say(f"{name}: {done} of {len(lesions.images)} lesions")
+
+        return progress
 
 
 def time_engines(
-    engines: dict[str, Engine], images: np.ndarray, buckets: Sequence[int] = BUCKETS, rounds: int = 7
+    engines: dict[str, Engine],
+    images: np.ndarray,
+    buckets: Sequence[int] = BUCKETS,
+    rounds: int = 7,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict[int, float]]:
     """Milliseconds per image by engine and batch size: medians of rounds in which the engines alternate.
 
     Alternating spreads a noisy neighbour over all of them; every second round runs them in reverse.
     """
     samples: dict[str, dict[int, list[float]]] = {name: {bucket: [] for bucket in buckets} for name in engines}
-    for engine in engines.values():
-        for bucket in buckets:
+    repeats: dict[int, int] = {}
+    for bucket in buckets:
+        for engine in engines.values():
             engine.warm_up(bucket)
+        seconds = [_seconds(engine, images[np.arange(bucket) % len(images)], 1) for engine in engines.values()]
+        repeats[bucket] = min(max(buckets), math.ceil(_MIN_SAMPLE_S / max(min(seconds, default=1.0), 1e-6)))
+    last = time.monotonic()
     for number in range(rounds):
         order = list(engines) if number % 2 == 0 else list(engines)[::-1]
         for bucket in buckets:
             batch = images[np.arange(bucket) % len(images)]
-            repeats = max(1, max(buckets) // bucket)
             for name in order:
-                started = time.perf_counter()
-                for _ in range(repeats):
-                    engines[name].run(batch)
-                samples[name][bucket].append((time.perf_counter() - started) * 1000 / (repeats * bucket))
+                taken = _seconds(engines[name], batch, repeats[bucket])
+                samples[name][bucket].append(taken * 1000 / (repeats[bucket] * bucket))
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f"timing: round {number + 1} of {rounds}")
     return {
         name: {bucket: statistics.median(values) for bucket, values in by_bucket.items()}
         for name, by_bucket in samples.items()
     }
+
+
+def _seconds(engine: Engine, batch: np.ndarray, repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        engine.run(batch)
+    return time.perf_counter() - started
 
 
 def choose(reports: Sequence[CandidateReport], buckets: Sequence[int], objective: Objective) -> dict[int, str]:
@@ -157,32 +178,37 @@ def choose(reports: Sequence[CandidateReport], buckets: Sequence[int], objective
 
 def measure_candidates(
     bundle: Bundle,
-    candidates: Sequence[Candidate] | None = None,
+    candidates: Sequence[Candidate],
+    lesions: Lesions | None = None,
     buckets: Sequence[int] = BUCKETS,
     rounds: int = 7,
     limits: ParityLimits | None = None,
     objective: Objective = "throughput",
+    better_try: Callable[[list[Candidate]], Sequence[Candidate]] = lambda refused: (),
+    not_made: Sequence[CandidateReport] = (),
     say: Callable[[str], None] = lambda message: None,
 ) -> EngineSet:
-    """Starts, compares with torch and times every candidate on this device.
+    """Starts, judges and times every candidate on this device.
 
     Args:
-        candidates: default: `default_candidates()`.
+        lesions: of the gate split; None: float32 engines only can pass.
         buckets: batch sizes to time and choose for.
         rounds: alternating rounds; the median counts.
+        better_try: called once with the int8 candidates that lesions spoke against, if any; gives others to try.
+        not_made: candidates whose network could not be made, for the record.
         say: receives one progress line per candidate.
     """
     limits = limits or ParityLimits()
-    engines: dict[str, Engine] = {}
-    reports = []
-    for candidate in default_candidates() if candidates is None else candidates:
-        engine, report = _admit(bundle, candidate, limits, buckets)
-        say(f"{candidate.name}: " + ("agrees with torch" if report.passed else f"refused: {report.reason}"))
-        reports.append(report)
-        if engine is not None:
-            engines[candidate.name] = engine
-    timings = time_engines(engines, bundle.parity()["images"], buckets, rounds)
-    reports = [report.model_copy(update={"ms_per_image": timings.get(report.candidate.name, {})}) for report in reports]
+    judge = Judge(bundle, lesions, limits, buckets, say)
+    for candidate in candidates:
+        judge.admit(candidate)
+    # One that does not even run would not run any better calibrated otherwise.
+    refused = [r.candidate for r in judge.reports if not r.passed and r.lesions and r.candidate.precision == "int8"]
+    for candidate in better_try(refused) if refused else ():
+        judge.admit(candidate)
+    timings = time_engines(judge.engines, bundle.parity()["images"], buckets, rounds, say)
+    reports = [r.model_copy(update={"ms_per_image": timings.get(r.candidate.name, {})}) for r in judge.reports]
+    reports += not_made
     return EngineSet(
         bundle_digest=bundle.digest,
         device=device_key(),

@@ -14,6 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from modeling.engine_interface import EngineUnavailableError
+from modeling.engine_parity import LesionParity, ParityLimits
+from modeling.recorded_answers import Parity
+from modeling.tensorrt_engine import check_tensorrt
+
 Objective = Literal["throughput", "latency"]
 
 
@@ -30,36 +35,21 @@ class Candidate(_Record):
     slots: int = Field(1, ge=1)
 
 
-class ParityLimits(_Record):
-    """Largest differences from torch's float32 answers that a candidate may show."""
-
-    probability: float = Field(1e-3, gt=0, description="absolute, any class probability")
-    logit: float = Field(1e-2, gt=0, description="absolute")
-    embedding: float = Field(1e-2, gt=0, description="relative to the largest reference value")
-
-
-class Parity(_Record):
-    """Largest differences measured, over every picture and batch size; units as in `ParityLimits`."""
-
-    probability: float
-    logit: float
-    embedding: float
-
-
 class CandidateReport(_Record):
-    """What became of a candidate: `reason` is empty when it passed."""
+    """What became of a candidate: `reason` is empty when it passed; `lesions` is what it did on real ones."""
 
     candidate: Candidate
     passed: bool
     reason: str = ""
     parity: Parity | None = None
+    lesions: LesionParity | None = None
     ms_per_image: dict[int, float] = Field(default_factory=dict)
 
 
 class EngineSet(_Record):
     """All candidates of one bundle on one device, and the choice per batch bucket (bucket -> candidate name)."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     bundle_digest: str
     device: str
     cores: int
@@ -80,10 +70,61 @@ class EngineSet(_Record):
         if not self.chosen:
             reasons = "; ".join(f"{report.candidate.name}: {report.reason}" for report in self.candidates)
             raise ValueError(f"no engine of bundle {self.bundle_digest[:16]} passed on {self.device}: {reasons}")
-        by_name = {report.candidate.name: report.candidate.choice for report in self.candidates}
+        by_name = {
+            report.candidate.name: {**report.candidate.choice, "max_delta_p": report.parity.probability}
+            if report.parity
+            else report.candidate.choice
+            for report in self.candidates
+        }
         if len(set(self.chosen.values())) == 1:
             return by_name[next(iter(self.chosen.values()))]
         return {"buckets": {str(bucket): by_name[name] for bucket, name in self.chosen.items()}}
+
+    def network_uris(self, chosen: bool) -> list[str]:
+        """Where the networks of the candidates lie that some batch size runs on, or of all that passed."""
+        names = set(self.chosen.values())
+        networks = [
+            report.candidate.choice.get("network")
+            for report in self.candidates
+            if (report.candidate.name in names if chosen else report.passed)
+        ]
+        return list(dict.fromkeys(network["uri"] for network in networks if network is not None))
+
+    def with_networks_at(self, uris: dict[str, str]) -> EngineSet:
+        """The same set with its networks' URIs replaced (old -> new)."""
+
+        def moved(candidate: Candidate) -> Candidate:
+            network = candidate.choice.get("network")
+            if network is None or network["uri"] not in uris:
+                return candidate
+            there = {**network, "uri": uris[network["uri"]]}
+            return candidate.model_copy(update={"choice": {**candidate.choice, "network": there}})
+
+        reports = [r.model_copy(update={"candidate": moved(r.candidate)}) for r in self.candidates]
+        return self.model_copy(update={"candidates": reports})
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row per candidate and batch size, flat: what people compare. Refused candidates have one row, no times.
+
+        `images_per_second` is of the whole device: the time of one run, times the runs that fit beside each other.
+        """
+        rows = []
+        for report in self.candidates:
+            lesions = report.lesions.model_dump() if report.lesions else {}
+            facts = {
+                "candidate": report.candidate.name,
+                "precision": report.candidate.precision,
+                "verdict": "passed" if report.passed else "refused",
+                "reason": report.reason,
+                "max_delta_p": lesions.get("probability", report.parity.probability if report.parity else None),
+                **{name: lesions.get(name) for name in ("rank_correlation", "delta_auc", "delta_pauc", "n")},
+            }
+            for bucket, ms in report.ms_per_image.items() or [(None, None)]:
+                rate = None if ms is None else report.candidate.slots * 1000 / ms
+                timing = {"batch": bucket, "ms_per_image": ms, "images_per_second": rate}
+                chosen = bucket is not None and self.chosen.get(bucket) == report.candidate.name
+                rows.append({**facts, **timing, "chosen": chosen})
+        return rows
 
     @property
     def summary(self) -> str:
@@ -107,14 +148,14 @@ def num_cores() -> int:
 
 
 def device_key() -> str:
-    """A file name for this machine's processor, and its GPU where ONNX Runtime can use one."""
+    """A file name for this machine's processor, and its GPU where an engine can use one."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8", errors="replace"), re.M)
         processor = found.group(1) if found else processor
     names = [processor]
-    if cuda_available():
+    if cuda_available() or tensorrt_available():
         for info in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
             found = re.search(r"^Model:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.M)
             names += [found.group(1)] if found and found.group(1) not in names else []
@@ -126,6 +167,15 @@ def cuda_available() -> bool:
     import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def tensorrt_available() -> bool:
+    """Whether TensorRT engines can run here."""
+    try:
+        check_tensorrt()
+    except EngineUnavailableError:
+        return False
+    return True
 
 
 def engine_set_path(root: str | Path, digest: str, device: str) -> Path:
@@ -152,3 +202,8 @@ def find_engine_set(root: str | Path, digest: str, device: str | None = None) ->
 def engine_sets(root: str | Path, digest: str) -> list[EngineSet]:
     """The bundle's engine sets, one per device, in the order of the devices' names."""
     return [_read(path, digest) for path in sorted((Path(root) / digest[:16]).glob("*.json"))]
+
+
+def networks_folder(root: str | Path, digest: str, device: str) -> Path:
+    """Where a bundle's networks in other precisions lie, beside the device's engine set."""
+    return engine_set_path(root, digest, device).with_suffix("")

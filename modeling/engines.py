@@ -1,119 +1,42 @@
-"""Inference engines behind one small interface: uint8 pictures in, logits, embedding and activation maps out.
-
-An engine choice is plain JSON, so that it can travel in a Serve `user_config`:
+"""Engines by choice. An engine choice is plain JSON, so that it can travel in a Serve `user_config`:
 
     {"engine": "onnxruntime", "options": {"threads": 1, "provider": "cpu"}}
+    {"engine": "openvino", "network": {"uri": ".../int8.onnx", "sha256": "...", "precision": "int8"}}
     {"buckets": {"1": <choice>, "8": <choice>, "32": <choice>}}     the fastest engine differs by batch size
 
-A further engine (OpenVINO, TensorRT) is a class with `run` and `warm_up` and one line in `ENGINES`.
+`max_delta_p` beside an engine is how far its probabilities were from torch's on the bundle's recorded pictures where it
+was judged; `start_engine` sees that they are no farther where it runs.
+
+A further engine is a class with `run` and `warm_up` and one line in `ENGINES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from modeling.bundle import Bundle
+from modeling.bundle import Bundle, default_cache_dir
+from modeling.engine_interface import Engine, EngineOutput, EngineUnavailableError
+from modeling.network_file import NetworkFile
+from modeling.onnxruntime_engine import OnnxRuntimeEngine, OnnxRuntimeOptions
+from modeling.openvino_engine import OpenVinoEngine, OpenVinoOptions
+from modeling.recorded_answers import measure_parity
+from modeling.tensorrt_engine import TensorRtEngine, TensorRtOptions
 
-INPUT = "images"
-OUTPUTS = ("logits", "embedding")
-CAM = "cam"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class EngineOutput:
-    """What the network says about N pictures.
-
-    Attributes:
-        logits: float32 (N, K).
-        embedding: float32 (N, D).
-        cam: class-activation maps float32 (N, K, h, w), where they were asked for.
-    """
-
-    logits: np.ndarray
-    embedding: np.ndarray
-    cam: np.ndarray | None = None
-
-
-class Engine(Protocol):
-    """Runs the image model of one bundle on one device."""
-
-    name: str
-
-    def run(self, images: np.ndarray, with_cam: bool = False) -> EngineOutput:
-        """Scores uint8 RGB (N, S, S, 3), N >= 1; ValueError for any other shape or dtype."""
-        ...
-
-    def warm_up(self, batch: int) -> None:
-        """Runs one batch of that size, so that the first request does not pay for allocation or autotuning."""
-        ...
-
-
-class OnnxRuntimeOptions(BaseModel):
-    """`threads` of one run (CPU); `provider` cpu or cuda."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    threads: int = Field(1, ge=1, le=1024)
-    provider: Literal["cpu", "cuda"] = "cpu"
-
-
-class OnnxRuntimeEngine:
-    """ONNX Runtime on CPU or CUDA. `run` may be called from several threads.
-
-    Raises:
-        ValueError: the provider is not there, or fails to start; the file is not a usable ONNX model.
-    """
-
-    def __init__(self, onnx_path: str | Path, threads: int = 1, provider: str = "cpu"):
-        import onnxruntime
-
-        self.name = f"onnxruntime-{provider}-{threads}" if provider == "cpu" else f"onnxruntime-{provider}"
-        wanted = _PROVIDERS[provider]
-        if wanted not in onnxruntime.get_available_providers():
-            raise ValueError(f"engine {self.name}: this onnxruntime has no {wanted}")
-        onnxruntime.disable_telemetry_events()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Idle threads that spin take the cores from the other replicas.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(onnx_path), options, providers=[wanted])
-        except Exception as error:  # onnxruntime raises its own classes, without a common base
-            raise ValueError(
-                f"engine {self.name}: {onnx_path} cannot be loaded: {' '.join(str(error).split())}"
-            ) from error
-        # A CUDA provider whose libraries are missing is replaced by the CPU with no more than a log line.
-        if self._session.get_providers()[0] != wanted:
-            raise ValueError(f"engine {self.name}: {wanted} did not start")
-        names = [output.name for output in self._session.get_outputs()]
-        inputs = {node.name: node for node in self._session.get_inputs()}
-        missing = [name for name in (*OUTPUTS, CAM) if name not in names] + [
-            name for name in (INPUT,) if name not in inputs
-        ]
-        if missing:
-            raise ValueError(f"engine {self.name}: {onnx_path} lacks {', '.join(missing)}")
-        self.input_size = int(inputs[INPUT].shape[1])
-
-    def run(self, images: np.ndarray, with_cam: bool = False) -> EngineOutput:
-        expected = (self.input_size, self.input_size, 3)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
-            raise ValueError(
-                f"images are {images.dtype} {images.shape}; expected uint8 (N, {self.input_size}, {self.input_size}, 3)"
-            )
-        outputs = (*OUTPUTS, CAM) if with_cam else OUTPUTS
-        return EngineOutput(*self._session.run(list(outputs), {INPUT: np.ascontiguousarray(images)}))
-
-    def warm_up(self, batch: int) -> None:
-        self.run(np.zeros((batch, self.input_size, self.input_size, 3), np.uint8))
+_FLOAT32_DELTA_P = 1e-3
+DEFAULT_CHOICE: dict[str, Any] = {"engine": "onnxruntime", "options": {"threads": 1, "provider": "cpu"}}
+# Each takes the network's path and its options' fields as keywords.
+ENGINES: dict[str, tuple[type[BaseModel], Callable[..., Engine]]] = {
+    "onnxruntime": (OnnxRuntimeOptions, OnnxRuntimeEngine),
+    "openvino": (OpenVinoOptions, OpenVinoEngine),
+    "tensorrt": (TensorRtOptions, TensorRtEngine),
+}
 
 
 class BucketedEngine:
@@ -137,45 +60,102 @@ class BucketedEngine:
         self.engine_for(batch).warm_up(batch)
 
 
-def _create_onnxruntime(bundle: Bundle, options: Mapping[str, Any]) -> Engine:
-    chosen = OnnxRuntimeOptions.model_validate(dict(options))
-    return OnnxRuntimeEngine(bundle.onnx_path, chosen.threads, chosen.provider)
-
-
-ENGINES: dict[str, Callable[[Bundle, Mapping[str, Any]], Engine]] = {"onnxruntime": _create_onnxruntime}
-DEFAULT_CHOICE: dict[str, Any] = {"engine": "onnxruntime", "options": {"threads": 1, "provider": "cpu"}}
-
-
 def create_engine(bundle: Bundle, engine_choice: Mapping[str, Any] | None = None) -> Engine:
     """Builds the engine a choice describes; None means ONNX Runtime, one CPU thread.
 
     Raises:
-        ValueError: unknown engine, wrong options, or an engine that does not start here.
+        EngineUnavailableError: an engine that this machine cannot run.
+        ValueError: unknown engine, wrong options, or a network that is gone, changed or damaged.
     """
     choice = DEFAULT_CHOICE if engine_choice is None else engine_choice
     if "buckets" in choice:
-        if set(choice) != {"buckets"} or not isinstance(choice["buckets"], Mapping):
-            raise ValueError(
-                f"engine choice {dict(choice)!r}: buckets take no other key and map batch sizes to choices"
-            )
-        # Buckets that agree share one session.
-        built: dict[str, Engine] = {}
-        engines = {}
-        for bucket, inner in choice["buckets"].items():
-            if not str(bucket).isdecimal():
-                raise ValueError(f"engine bucket {bucket!r}: expected a batch size")
-            key = repr(inner)
-            if key not in built:
-                built[key] = create_engine(bundle, inner)
-            engines[int(bucket)] = built[key]
-        return BucketedEngine(engines)
-    unknown = sorted(set(choice) - {"engine", "options"})
+        return _create_buckets(bundle, choice)
+    unknown = sorted(set(choice) - {"engine", "options", "network", "max_delta_p"})
     if unknown or choice.get("engine") not in ENGINES:
         what = f"unknown keys {unknown}" if unknown else f"unknown engine {choice.get('engine')!r}"
         raise ValueError(f"engine choice: {what}; known engines: {sorted(ENGINES)}")
+    options_type, create = ENGINES[choice["engine"]]
     try:
-        return ENGINES[choice["engine"]](bundle, choice.get("options", {}))
+        options = options_type.model_validate(dict(choice.get("options", {})))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"engine {choice['engine']} option {field} = {first['input']!r}: {first['msg']}") from error
+        raise _wrong(f"engine {choice['engine']} option", error) from error
+    network = _network(choice)
+    path = bundle.onnx_path if network is None else network.fetch(default_cache_dir() / "networks")
+    engine = create(path, **options.model_dump())
+    if network is not None:
+        engine.name += f"-{network.name}"
+    return engine
+
+
+def start_engine(
+    bundle: Bundle, engine_choice: Mapping[str, Any] | None = None, batches: Sequence[int] = (1,)
+) -> tuple[Engine, str | None]:
+    """As `create_engine`, warm for batches of these sizes; where this machine cannot run the choice, or computes
+    another function with it, the default engine, and why.
+
+    A service keeps answering, with the same model but slower, when it meets a host without the GPU, the driver or the
+    package that its choice was measured with.
+
+    Raises:
+        ValueError: as `create_engine`, or the default engine does not compute the bundle's recorded answers either.
+    """
+    reason = None
+    if engine_choice is not None:
+        try:
+            return _started(bundle, engine_choice, batches), None
+        except EngineUnavailableError as error:
+            reason = str(error)
+    try:
+        engine = _started(bundle, DEFAULT_CHOICE, batches)
+    except EngineUnavailableError as error:
+        raise ValueError(f"bundle {bundle.digest[:16]}: {error}") from error
+    if reason is not None:
+        logger.warning("%s; %s runs instead", reason, engine.name)
+    return engine, reason
+
+
+def _started(bundle: Bundle, choice: Mapping[str, Any], batches: Sequence[int]) -> Engine:
+    engine = create_engine(bundle, choice)
+    buckets = choice.get("buckets", {"": choice})
+    limit = max(inner.get("max_delta_p") or 0.0 for inner in buckets.values())
+    for batch in batches:
+        engine.warm_up(batch)
+        found = measure_parity(engine, bundle.parity(), [batch]).probability
+        # Another processor or driver adds in another order; twice as far and more is another function.
+        if not found <= max(2 * limit, _FLOAT32_DELTA_P):
+            raise EngineUnavailableError(
+                f"engine {engine.name}: probabilities are up to {found:.2g} off torch's on this machine in batches of "
+                f"{batch}, {limit:.2g} where the engine was chosen"
+            )
+    return engine
+
+
+def _create_buckets(bundle: Bundle, choice: Mapping[str, Any]) -> Engine:
+    if set(choice) != {"buckets"} or not isinstance(choice["buckets"], Mapping):
+        raise ValueError(f"engine choice {dict(choice)!r}: buckets take no other key and map batch sizes to choices")
+    # Buckets that agree share one engine.
+    built: dict[str, Engine] = {}
+    engines = {}
+    for bucket, inner in choice["buckets"].items():
+        if not str(bucket).isdecimal():
+            raise ValueError(f"engine bucket {bucket!r}: expected a batch size")
+        key = repr(inner)
+        if key not in built:
+            built[key] = create_engine(bundle, inner)
+        engines[int(bucket)] = built[key]
+    return BucketedEngine(engines)
+
+
+def _network(choice: Mapping[str, Any]) -> NetworkFile | None:
+    if choice.get("network") is None:
+        return None
+    try:
+        return NetworkFile.model_validate(choice["network"])
+    except ValidationError as error:
+        raise _wrong("engine choice: network", error) from error
+
+
+def _wrong(what: str, error: ValidationError) -> ValueError:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return ValueError(f"{what} {field} = {first['input']!r}: {first['msg']}")

@@ -108,10 +108,11 @@ class Registry(MlflowRuns):
         version = ref if ref.isdecimal() else self._aliases().get(ref)
         return None if version is None else self._version(version)
 
-    def log_artifact_file(self, version: ModelVersion | str, path: str | Path, artifact_path: str) -> None:
-        """Copies a file into folder `artifact_path` of the version's run."""
+    def log_artifact_file(self, version: ModelVersion | str, path: str | Path, artifact_path: str) -> str:
+        """Copies a file into folder `artifact_path` of the version's run; returns the copy's URI."""
         found = version if isinstance(version, ModelVersion) else self.resolve(version)
         self.client.log_artifact(found.run_id, str(path), artifact_path)
+        return f"{self.client.get_run(found.run_id).info.artifact_uri}/{artifact_path}/{Path(path).name}"
 
     def _exists(self) -> bool:
         # Looking for a model must not leave an empty database behind where the URI is mistyped.

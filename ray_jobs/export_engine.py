@@ -1,46 +1,228 @@
-"""Bundle -> candidate engines, compared with torch's recorded answers and timed on this device -> an engine set.
-
-The set goes under `engine_sets` and, for a registered model, into MLflow beside the version.
-"""
+"""Bundle -> candidate engines, judged by torch's answers and by lesions of the gate split, timed on this device -> an
+engine set, under `engine_sets` and, for a registered model, in MLflow beside the version."""
 
 from __future__ import annotations
 
+import csv
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
-from modeling.bundle import load_bundle
-from modeling.engine_selection import measure_candidates
-from modeling.engine_set import Objective, ParityLimits
-from modeling.registry import Registry, find_model
+from data_pipelines.image_dataset import DatasetVersion, open_dataset
+from data_pipelines.lesion_pictures import drawn, read_pictures
+from modeling.bundle import Bundle, load_bundle
+from modeling.engine_candidates import candidates_for, float16_has_use, unavailable_engines
+from modeling.engine_parity import Lesions, ParityLimits
+from modeling.engine_selection import BUCKETS, measure_candidates
+from modeling.engine_set import (
+    Candidate,
+    CandidateReport,
+    EngineSet,
+    Objective,
+    device_key,
+    find_engine_set,
+    networks_folder,
+)
+from modeling.network_file import keep_network
+from modeling.network_precision import Int8Recipe, write_float16, write_int8
+from modeling.registry import ModelVersion, Registry, find_model
 from ray_jobs.job import JobConfig, Location, run_job, say
+
+BETTER_INT8 = "int8-better"
 
 
 class ExportEngineConfig(JobConfig):
     model: str = Field("candidate", description="alias, version, or path of a bundle")
+    dataset: Location | None = Field(None, description="the data set; without it float32 engines only are tried")
+    lesions: int = Field(
+        1500, ge=2, description="at most so many of the gate split are compared on, malignant ones first"
+    )
     rounds: int = Field(7, ge=1, le=1000, description="alternating timing rounds; the median counts")
     objective: Objective = Field("throughput", description="throughput of the whole device, or latency of one run")
     limits: ParityLimits = Field(default_factory=ParityLimits)
+    int8: Int8Recipe | None = Field(default_factory=Int8Recipe, description="null: no int8 engines")
+    better_int8: Int8Recipe | None = Field(
+        Int8Recipe(pictures=256, calibration="percentile", float_layers=0.1),
+        description="tried where the first one is refused",
+    )
+    seed: int = Field(0, ge=0, description="draws the lesions and the pictures to calibrate with")
     engine_sets: Location = "engine_sets"
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
     model_name: str = "dermray"
 
 
+def gate_lesions(version: DatasetVersion, bundle: Bundle, number: int, seed: int) -> Lesions:
+    """Lesions of the gate split as the bundle's network reads them.
+
+    Raises:
+        ValueError: not the data set that the bundle was trained on, or one without pictures or a gate split.
+    """
+    if version.digest != bundle.manifest.dataset_digest:
+        # In another version a gate lesion may have trained this model.
+        raise ValueError(
+            f"dataset {version.path} is version {version.digest[:12]}; the bundle was trained on "
+            f"{bundle.manifest.dataset_digest[:12]} (give that version's folder, or null to try float32 engines only)"
+        )
+    gate = version.gate_positions
+    if not len(gate):
+        raise ValueError(f"dataset {version.path} has no gate split to compare engines on")
+    malignant = version.task.malignant_mask[version.lesions["label"].to_numpy(np.int64)[gate]]
+    # Where one lesion in a thousand is malignant, a random sample would hold one or two. Neither AUC nor sensitivity
+    # depends on how many benign ones stand beside them.
+    cancers = drawn(gate[malignant], number // 2, seed)
+    positions = np.sort(np.concatenate([cancers, drawn(gate[~malignant], number - len(cancers), seed)]))
+    rows = version.lesions.iloc[positions]
+    return Lesions(
+        images=read_pictures(version, positions, bundle.manifest.input_size),
+        malignant=version.task.malignant_mask[rows["label"].to_numpy(np.int64)],
+        groups=rows["group"].to_numpy(str),
+    )
+
+
+class NetworkWriter:
+    """Makes the bundle's network in other precisions, calibrated on rows that train, in the engine set's folder.
+
+    Attributes:
+        not_made: a refused candidate for each network that could not be made.
+    """
+
+    def __init__(self, bundle: Bundle, version: DatasetVersion, folder: Path, seed: int):
+        self.folder, self.not_made = folder, []
+        self._bundle, self._version, self._seed = bundle, version, seed
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def float16(self) -> list[Candidate]:
+        """Candidates that compute in float16; none where the network cannot be converted."""
+        return self._candidates("fp16", "fp16", lambda path: write_float16(self._bundle.onnx_path, path))
+
+    def int8(self, recipe: Int8Recipe, name: str = "int8") -> list[Candidate]:
+        """Candidates with an int8 network; none where it cannot be made."""
+
+        def write(path: Path) -> None:
+            say(f"{name}: calibrating on {recipe.pictures} training pictures ({recipe.calibration})")
+            positions = drawn(self._version.training_positions, recipe.pictures, self._seed)
+            pictures = read_pictures(self._version, positions, self._bundle.manifest.input_size)
+            kept = write_int8(self._bundle.onnx_path, path, pictures, recipe)
+            if kept:
+                say(f"{name}: {len(kept)} layers stay float32: {', '.join(kept[:4])}{' ...' if len(kept) > 4 else ''}")
+
+        return self._candidates(name, "int8", write)
+
+    def _candidates(self, name: str, precision: str, write: Callable[[Path], None]) -> list[Candidate]:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            path = Path(folder) / f"{name}.onnx"
+            try:
+                write(path)
+            except Exception as error:  # whatever a converter raises costs this precision, not the other engines
+                reason = f"the network cannot be made: {' '.join(str(error).split()) or type(error).__name__}"
+                say(f"{name}: {reason}")
+                candidate = Candidate(name=name, choice={}, precision=precision)
+                self.not_made.append(CandidateReport(candidate=candidate, passed=False, reason=reason))
+                return []
+            return candidates_for(keep_network(path, self.folder, precision, name), BUCKETS)
+
+
+def _candidates(
+    config: ExportEngineConfig, writer: NetworkWriter | None
+) -> tuple[list[Candidate], Callable[[list[Candidate]], list[Candidate]]]:
+    """What to try, and what to try once more where int8 is refused."""
+    for reason in unavailable_engines().values():
+        say(f"{reason}: not tried")
+    found = candidates_for(None, BUCKETS)
+    if writer is None:
+        say("no data set given: nothing shows what float16 or int8 would cost, so float32 engines only are tried")
+        return found, lambda refused: []
+    if float16_has_use():
+        found += writer.float16()
+    if config.int8 is not None:
+        found += writer.int8(config.int8)
+
+    def better_try(refused: list[Candidate]) -> list[Candidate]:
+        if config.better_int8 is None:
+            return []
+        engines = {(candidate.choice["engine"], repr(candidate.choice["options"])) for candidate in refused}
+        again = writer.int8(config.better_int8, BETTER_INT8)
+        return [c for c in again if (c.choice["engine"], repr(c.choice["options"])) in engines]
+
+    return found, better_try
+
+
+def write_table(engine_set: EngineSet, path: Path) -> None:
+    """The engine set's table as CSV."""
+    rows = engine_set.table()
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _publish(
+    config: ExportEngineConfig, found: ModelVersion, engine_set: EngineSet, folder: Path
+) -> tuple[EngineSet, Path]:
+    """Keeps the set with its table and, in MLflow, also the chosen networks, where every replica can fetch them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = Registry(config.tracking_uri, config.model_name, config.artifact_root) if found.version else None
+    place = f"engine_sets/{engine_set.device}"
+    local = set(engine_set.network_uris(chosen=False))
+    if registry is not None:
+        copies = {uri: registry.log_artifact_file(found, uri, place) for uri in engine_set.network_uris(chosen=True)}
+        engine_set = engine_set.with_networks_at(copies)
+    table = folder / "engines.csv"
+    write_table(engine_set, table)
+    earlier = _networks_before(config, engine_set)
+    path = engine_set.save(config.engine_sets)
+    if registry is not None:
+        registry.log_artifact_file(found, path, "engine_sets")
+        registry.log_artifact_file(found, table, place)
+    # A running service may still start replicas with the networks of the set before this one.
+    for file in folder.glob("*.onnx"):
+        if str(file) not in local | earlier:
+            file.unlink()
+    return engine_set, path
+
+
+def _networks_before(config: ExportEngineConfig, engine_set: EngineSet) -> set[str]:
+    try:
+        before = find_engine_set(config.engine_sets, engine_set.bundle_digest, engine_set.device)
+    except ValueError as error:
+        say(f"{error}: replaced")
+        return set()
+    return set() if before is None else set(before.network_uris(chosen=True))
+
+
 def run(config: ExportEngineConfig) -> dict[str, Any]:
     found = find_model(config.model, config.tracking_uri, config.model_name, config.artifact_root)
     bundle = load_bundle(found.uri, found.digest)
+    if "image" not in bundle.manifest.modalities:
+        raise ValueError(f"bundle {bundle.manifest.name!r} has no image model")
+    folder = networks_folder(config.engine_sets, bundle.digest, device_key())
+    lesions, writer = None, None
+    if config.dataset is not None:
+        version = open_dataset(config.dataset)
+        lesions = gate_lesions(version, bundle, config.lesions, config.seed)
+        say(f"comparing engines on {len(lesions.images)} lesions, {int(lesions.malignant.sum())} of them malignant")
+        writer = NetworkWriter(bundle, version, folder, config.seed)
+    candidates, better_try = _candidates(config, writer)
     engine_set = measure_candidates(
-        bundle, rounds=config.rounds, limits=config.limits, objective=config.objective, say=say
+        bundle,
+        candidates,
+        lesions,
+        rounds=config.rounds,
+        limits=config.limits,
+        objective=config.objective,
+        better_try=better_try,
+        not_made=() if writer is None else writer.not_made,
+        say=say,
     )
+    engine_set, path = _publish(config, found, engine_set, folder)
     for report in engine_set.candidates:
         timings = ", ".join(f"{ms:.2f} at {bucket}" for bucket, ms in report.ms_per_image.items())
         say(f"{report.candidate.name}: {timings + ' (ms per image at batch size)' if timings else report.reason}")
-    path = engine_set.save(config.engine_sets)
-    if found.version:
-        Registry(config.tracking_uri, config.model_name, config.artifact_root).log_artifact_file(
-            found, path, "engine_sets"
-        )
     return {
         "model_version": found.version or None,
         "digest": bundle.digest,
@@ -49,17 +231,7 @@ def run(config: ExportEngineConfig) -> dict[str, Any]:
         "engine_choice": engine_set.choice,
         "choice": engine_set.summary,
         "chosen": engine_set.chosen,
-        "candidates": [
-            {
-                "candidate": report.candidate.name,
-                "precision": report.candidate.precision,
-                "passed": report.passed,
-                "reason": report.reason,
-                "parity": report.parity.model_dump() if report.parity else None,
-                "ms_per_image": {bucket: round(ms, 3) for bucket, ms in report.ms_per_image.items()},
-            }
-            for report in engine_set.candidates
-        ],
+        "candidates": engine_set.table(),
         "engine_set": str(path),
     }
 

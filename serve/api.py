@@ -97,6 +97,9 @@ class ModelCard(BaseModel):
     metadata_fields: dict[str, dict[str, Any]] = Field(description="fields that `metadata` may have")
     contexts: dict[str, dict[str, Any]] = Field(description="thresholds and metrics per context")
     engine: str
+    engine_fallback: str | None = Field(
+        default=None, description="why the engine that was chosen for this model does not run on this host"
+    )
     abstention: dict[str, Any] | None = Field(
         default=None, description="limits beyond which pictures are not scored, and what they were measured to refuse"
     )

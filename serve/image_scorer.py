@@ -12,7 +12,7 @@ import numpy as np
 from ray import serve
 
 from modeling.bundle import load_bundle
-from modeling.engines import create_engine
+from modeling.engines import start_engine
 from serve.settings import ModelReference, ScorerSettings
 
 
@@ -44,13 +44,12 @@ class ImageScorerLogic:
         bundle = load_bundle(model.bundle_uri, model.sha256)
         self.digest = bundle.digest
         self.input_size = bundle.manifest.input_size
-        self.engine = create_engine(bundle, model.engine)
+        batches = sorted({1, max_batch_size})
+        self.engine, self.engine_fallback = start_engine(bundle, model.engine, batches)
         self._matrix, self._mean = bundle.projection()
         rule = bundle.abstention()
         self._distance = None if rule is None else rule.distance
         self._max_batch_size = max_batch_size
-        for batch in sorted({1, max_batch_size}):
-            self.engine.warm_up(batch)
 
     def score(self, images: np.ndarray) -> ImageScores:
         """Scores uint8 (N, S, S, 3), at most `max_batch_size` at a time, so that memory stays bounded."""
@@ -70,7 +69,7 @@ class ImageScorerLogic:
         )
 
     def describe(self) -> dict[str, Any]:
-        return {"digest": self.digest, "engine": self.engine.name}
+        return {"digest": self.digest, "engine": self.engine.name, "engine_fallback": self.engine_fallback}
 
 
 class ImageScorer:

@@ -275,6 +275,7 @@ class PredictionService:
             },
             "contexts": fusion["contexts"],
             "engine": scorer["engine"],
+            "engine_fallback": scorer.get("engine_fallback"),
             "abstention": None
             if model.abstention is None
             else {"active": self.settings.abstain, **model.abstention.describe()},

@@ -27,7 +27,14 @@ def served_bundle(
 ) -> ModelReference:
     """A bundle with both single-lesion contexts; another `onnx_bias` gives another model. Without an abstention rule it
     scores everything."""
-    bundle = tiny_bundle(directory, contexts=CONTEXTS, onnx_bias=onnx_bias, synthetic=synthetic, abstention=abstention)
+    bundle = tiny_bundle(
+        directory,
+        contexts=CONTEXTS,
+        onnx_bias=onnx_bias,
+        torch_bias=onnx_bias,
+        synthetic=synthetic,
+        abstention=abstention,
+    )
     return ModelReference(bundle_uri=str(directory), sha256=bundle.digest, version=version)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits
+from modeling.engine_parity import ParityLimits
+from modeling.engine_set import Candidate, CandidateReport, EngineSet
 from monitoring.promotion_gate import GateRules, check_gate
 from tests.bundle_factory import lesion_rule
 from tests.tiny_bundle import GATE_METRICS, tiny_bundle

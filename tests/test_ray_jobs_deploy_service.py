@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from modeling.engine_set import Candidate, CandidateReport, EngineSet, ParityLimits, device_key
+from modeling.engine_parity import ParityLimits
+from modeling.engine_set import Candidate, CandidateReport, EngineSet, device_key
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
     _reason,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
 from modeling.bundle import load_bundle
+from modeling.engine_interface import EngineOutput
 from serve.image_scorer import ImageScorerLogic
 from tests.bundle_factory import lesion_rule, served_bundle
-from tests.tiny_bundle import SIZE, expected_outputs
+from tests.tiny_bundle import EMBEDDING_DIM, SIZE, expected_outputs
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,21 @@ def test_every_row_keeps_its_own_distance_and_a_bundle_without_a_rule_has_none(r
         assert scores[row : row + 1].distances.tolist() == [scores.distances[row]]
 
 
-def test_extreme_logits_stay_finite(tmp_path):
-    reference = served_bundle(tmp_path / "bundle", onnx_bias=1e4)
-    scores = ImageScorerLogic(reference, max_batch_size=4).score(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+def test_extreme_logits_stay_finite(reference, monkeypatch):
+    logic = ImageScorerLogic(reference, max_batch_size=4)
+    extreme = EngineOutput(np.array([[0.0, 1e4]], np.float32), np.zeros((1, EMBEDDING_DIM), np.float32))
+    monkeypatch.setattr(logic.engine, "run", lambda images: extreme)
+    scores = logic.score(np.zeros((1, SIZE, SIZE, 3), np.uint8))
     assert np.isfinite(scores.log_probabilities).all()
+
+
+def test_a_host_without_the_chosen_engine_serves_the_model_and_says_so(reference, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    choice = {"engine": "openvino", "options": {"threads": 1}}
+    logic = ImageScorerLogic(reference.model_copy(update={"engine": choice}), max_batch_size=4)
+    described = logic.describe()
+    assert described["engine"] == "onnxruntime-cpu-1" and "OpenVINO is not installed" in described["engine_fallback"]
+    assert ImageScorerLogic(reference, max_batch_size=4).describe()["engine_fallback"] is None
 
 
 def test_a_bundle_that_was_changed_is_refused(reference, tmp_path):

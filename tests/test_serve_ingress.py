@@ -323,6 +323,7 @@ def test_the_model_card_says_what_a_caller_needs(served, reference):
     assert card["contexts"]["none"]["thresholds"]["operating_sensitivity"] == 0.95
     assert card["contexts"]["none"]["metrics"]["gate"]["auc"]["value"] == 0.9
     assert card["synthetic"] is True and card["engine"].startswith("onnxruntime")
+    assert card["engine_fallback"] is None
 
 
 def test_health_readiness_and_documentation(served):

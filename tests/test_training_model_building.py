@@ -11,7 +11,7 @@ from data_pipelines.image_dataset import DatasetVersion
 from data_pipelines.synthetic_lesions import parity_images
 from modeling.abstention import AbstentionRule
 from modeling.bundle import load_bundle
-from modeling.engines import EngineOutput
+from modeling.engine_interface import EngineOutput
 from modeling.image_scorer import ExportableScorer, create_scorer
 from modeling.schema import TaskSpec
 from ray_jobs import train_model

@@ -125,10 +125,14 @@ def tiny_bundle(
     contexts: list[str] | None = None,
     synthetic: bool = True,
     onnx_bias: float = 0.0,
+    torch_bias: float = 0.0,
     abstention: AbstentionRule | None = None,
     **fields,
 ) -> Bundle:
-    """Writes a bundle into `directory` and opens it. `onnx_bias` breaks parity; `fields` override the manifest's."""
+    """Writes a bundle into `directory` and opens it; `fields` override the manifest's.
+
+    `onnx_bias` is the network's last bias, `torch_bias` that of the recorded answers: where they differ, parity breaks.
+    """
     import pandas as pd
 
     task = tiny_task(synthetic)
@@ -138,6 +142,7 @@ def tiny_bundle(
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (16, SIZE, SIZE, 3), dtype=np.uint8)
     logits, embedding = expected_outputs(images)
+    logits = logits + np.array([0.0, torch_bias], np.float32)
     np.savez_compressed(directory / "parity.npz", images=images, logits=logits, embedding=embedding)
     matrix = np.eye(EMBEDDING_DIM, 64, dtype=np.float32)
     np.savez_compressed(directory / "projection.npz", matrix=matrix, mean=np.zeros(EMBEDDING_DIM, np.float32))

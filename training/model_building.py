@@ -18,11 +18,11 @@ from data_pipelines.synthetic_lesions import parity_images
 from modeling.abstention import AbstentionRule
 from modeling.bundle import write_manifest
 from modeling.bundle_manifest import IMAGE_SCORER, PARITY, PROJECTION
-from modeling.engines import OnnxRuntimeEngine
 from modeling.image_scorer import ExportableScorer
 from modeling.metrics import risk
 from modeling.model_card import render_model_card
 from modeling.onnx_export import export_onnx, write_parity
+from modeling.onnxruntime_engine import OnnxRuntimeEngine
 from training.config import BuildConfig, TrainingConfig
 from training.context_models import ContextResults, fit_contexts, priors
 from training.ood_report import OodReport, false_refusals, measure_kinds, some_pictures

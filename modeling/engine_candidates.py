@@ -1,0 +1,59 @@
+"""The engines that this device can try: every runtime, thread count and precision that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modeling.engine_interface import EngineUnavailableError
+from modeling.engine_set import Candidate, cuda_available, num_cores
+from modeling.network_file import NetworkFile
+from modeling.openvino_engine import computes_bfloat16
+from modeling.tensorrt_engine import check_tensorrt
+
+# More threads first: the first of a kind is the one that is run on all lesions.
+_THREADS = (2, 1)
+
+
+def unavailable_engines() -> dict[str, str]:
+    """Why an engine cannot be tried here, by its name; ONNX Runtime on the CPU always can."""
+    reasons = {}
+    for name, check in (("openvino", computes_bfloat16), ("tensorrt", check_tensorrt)):
+        try:
+            check()
+        except EngineUnavailableError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def float16_has_use() -> bool:
+    """Whether some engine here computes in float16: on CPUs it would only be converted back and forth."""
+    return cuda_available() or "tensorrt" not in unavailable_engines()
+
+
+def candidates_for(network: NetworkFile | None, buckets: Sequence[int]) -> list[Candidate]:
+    """The engines to try with the bundle's own float32 network (None), or with one in another precision."""
+    precision = "fp32" if network is None else network.precision
+    unavailable, found = unavailable_engines(), []
+
+    def add(name: str, engine: str, options: dict[str, Any], slots: int = 1, arithmetic: str = precision) -> None:
+        choice: dict[str, Any] = {"engine": engine, "options": options}
+        if network is not None:
+            choice["network"] = network.model_dump()
+        suffix = network.name if network is not None else arithmetic
+        label = name if suffix == "fp32" else f"{name}-{suffix}"
+        found.append(Candidate(name=label, choice=choice, precision=arithmetic, slots=slots))
+
+    cores = num_cores()
+    for threads in (count for count in _THREADS if count <= cores and precision != "fp16"):
+        slots = cores // threads
+        add(f"onnxruntime-cpu-{threads}", "onnxruntime", {"threads": threads, "provider": "cpu"}, slots)
+        if "openvino" not in unavailable:
+            add(f"openvino-{threads}", "openvino", {"threads": threads, "precision": "f32"}, slots)
+            if network is None and computes_bfloat16():
+                add(f"openvino-{threads}", "openvino", {"threads": threads, "precision": "bf16"}, slots, "bf16")
+    if cuda_available() and precision != "int8":
+        add("onnxruntime-cuda", "onnxruntime", {"threads": 1, "provider": "cuda"})
+    if "tensorrt" not in unavailable:
+        add("tensorrt", "tensorrt", {"batches": sorted(buckets), "precision": precision})
+    return found
