@@ -87,7 +87,8 @@ def seen(folder):
     found = {}
     for path in folder.glob("*.jsonl"):
         rank, process = path.stem.split("-")
-        for line in path.read_text().splitlines():
+        # A worker may be writing its last line, or was killed when it did.
+        for line in path.read_text().split("\n")[:-1]:
             note = json.loads(line)
             found.setdefault((note.pop("epoch"), rank, process), []).append(note)
     return found
