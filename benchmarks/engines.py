@@ -1,16 +1,18 @@
 """Every engine of a trained model beside torch, in one alternating run, and beside what the machine could do.
 
-python -m benchmarks.engines --run RUN --dataset DATASET --bundle BUNDLE [--engine-set FILE] [--compile] [--rounds 7]
+    python -m benchmarks.engines --run RUN --dataset DATASET --bundle BUNDLE --engine-set FILE [--compile]
+        [--student BUNDLE --student-set FILE] [--rounds 7]
 
-RUN is the folder that train_model wrote (torch's weights), BUNDLE the bundle it made, FILE an engine set that
-export_engine wrote; without one, the float32 engines are timed. On a GPU torch runs there too: float32, and float16 in
-a CUDA graph. Prints a table in Markdown.
+RUN is the folder that train_model wrote (torch's weights), BUNDLE the bundle it made, FILE the engine set that
+export_engine wrote; the engines that passed are timed. The student is another model's bundle with its set, whose chosen
+engines are timed too. On a GPU torch runs there: float32, and float16 in a CUDA graph. A table goes to stderr, one JSON
+object to stdout.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,104 +23,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipelines.image_dataset import open_dataset
+from benchmarks.torch_engines import torch_engines, torch_scorer
 from modeling.bundle import Bundle, load_bundle
-from modeling.engine_candidates import candidates_for
-from modeling.engine_interface import Engine, EngineOutput
-from modeling.engine_selection import BUCKETS, time_engines
-from modeling.engine_set import EngineSet
+from modeling.engine_interface import Engine
+from modeling.engine_set import CandidateReport, EngineSet
+from modeling.engine_timing import BUCKETS, Timing, time_engines
 from modeling.engines import create_engine
-from modeling.image_scorer import ExportableScorer
 from modeling.recorded_answers import softmax
-from training.networks import load_network
-from training.run_folder import network_name, read_identity, read_network
 
 _COPY_FLOATS, _MATMUL_SIDE = 32 * 2**20, 1536
-
-
-class TorchEngine:
-    """The network in torch, as an engine: `threads` on the CPU, or on the GPU."""
-
-    def __init__(self, scorer: nn.Module, name: str, shape: tuple[int, int, int], threads: int, device: str = "cpu"):
-        self.name, self._scorer, self._shape, self._threads, self._device = name, scorer, shape, threads, device
-
-    def run(self, images: np.ndarray, with_cam: bool = False) -> EngineOutput:
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            outputs = self._scorer(torch.from_numpy(images).to(self._device))
-        logits, embedding, cam = (output.float().cpu().numpy() for output in outputs)
-        return EngineOutput(logits, embedding, cam if with_cam else None)
-
-    def warm_up(self, batch: int) -> None:
-        self.run(np.zeros((batch, *self._shape), np.uint8))
-
-
-class GraphedTorchEngine:
-    """The network in torch as one CUDA graph per batch size."""
-
-    def __init__(self, scorer: nn.Module, name: str, shape: tuple[int, int, int]):
-        self.name, self._scorer, self._shape = name, scorer, shape
-        self._graphs: dict[int, tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
-
-    def run(self, images: np.ndarray, with_cam: bool = False) -> EngineOutput:
-        graph, inputs, outputs = self._graphs.get(len(images)) or self._capture(len(images))
-        inputs.copy_(torch.from_numpy(images), non_blocking=True)
-        graph.replay()
-        logits, embedding, cam = (output.float().cpu().numpy() for output in outputs)
-        return EngineOutput(logits, embedding, cam if with_cam else None)
-
-    def warm_up(self, batch: int) -> None:
-        self.run(np.zeros((batch, *self._shape), np.uint8))
-
-    def _capture(self, batch: int):
-        inputs = torch.zeros((batch, *self._shape), dtype=torch.uint8, device="cuda")
-
-        def forward():
-            with torch.inference_mode():
-                return self._scorer(inputs)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = forward()
-        self._graphs[batch] = (graph, inputs, outputs)
-        return self._graphs[batch]
-
-
-def in_float16(scorer: ExportableScorer) -> ExportableScorer:
-    """A copy with float16 weights. Pixels are normalised in float32 and then rounded."""
-    copied = copy.deepcopy(scorer).half()
-    for network in copied.scorers:
-        network.scale, network.shift = network.scale.float(), network.shift.float()
-        normalise = network.normalise
-        network.normalise = lambda images, normalise=normalise: normalise(images).half()
-    return copied
-
-
-def torch_scorer(run: Path, dataset: str, bundle: Bundle) -> ExportableScorer:
-    """The networks that the bundle's graph was exported from, on the CPU in evaluation mode.
-
-    Raises:
-        ValueError: a network of the run is gone.
-    """
-    config, digest = read_identity(run)
-    version = open_dataset(dataset)
-    if version.digest != digest or bundle.manifest.dataset_digest != digest:
-        raise ValueError(f"run {run} was trained on data set {digest}; data set or bundle is another one's")
-    ensemble = bundle.manifest.training["build"]["ensemble"]
-    folds: list[int | None] = [None, *version.training_folds] if ensemble else [None]
-    networks = []
-    for fold in folds:
-        found = read_network(run, network_name(fold))
-        if found is None:
-            raise ValueError(f"run {run} has no network {network_name(fold)} any more")
-        networks.append(load_network(Path(found["checkpoint"]), config, version.task))
-    return ExportableScorer(networks, config.model.num_views).eval()
+STUDENT = "student "
 
 
 def work_of(scorer: nn.Module, shape: tuple[int, int, int]) -> tuple[float, float]:
@@ -162,110 +76,143 @@ def machine_rates(device: str, threads: int) -> tuple[float, float]:
     return 2 * _MATMUL_SIDE**3 / best(lambda: left @ left), 8 * _COPY_FLOATS / best(lambda: target.copy_(source))
 
 
-def chosen_engines(bundle: Bundle, engine_set: Path | None) -> dict[str, Engine]:
-    """The engines of a set that passed, or the float32 ones that start here."""
-    if engine_set is None:
-        candidates = candidates_for(None, BUCKETS)
-    else:
-        reports = EngineSet.model_validate_json(engine_set.read_bytes()).candidates
-        candidates = [report.candidate for report in reports if report.passed]
-    found = {}
-    for candidate in candidates:
-        try:
-            found[candidate.name] = create_engine(bundle, candidate.choice)
-        except ValueError as error:
-            print(f"{candidate.name} is left out: {error}", file=sys.stderr)
-    return found
+def set_engines(bundle: Bundle, reports: list[CandidateReport]) -> dict[str, list[Engine]]:
+    """Of each candidate as many engines as fit beside each other."""
+    return {
+        report.candidate.name: [create_engine(bundle, report.candidate.choice) for _ in range(report.candidate.slots)]
+        for report in reports
+    }
 
 
-def torch_engines(scorer: ExportableScorer, shape: tuple[int, int, int], compiled: bool) -> dict[str, Engine]:
-    """torch eager with one and two threads and, where asked for, compiled; on a GPU the GPU's."""
-    found: dict[str, Engine] = {}
-
-    def add(name: str, module: nn.Module, threads: int, device: str = "cpu") -> None:
-        found[name] = TorchEngine(module, name, shape, threads, device)
-
-    if torch.cuda.is_available():
-        there = scorer.to("cuda")
-        add("torch-cuda-fp32", there, 1, "cuda")
-        found["torch-cuda-graph-fp16"] = GraphedTorchEngine(in_float16(there), "torch-cuda-graph-fp16", shape)
-        return found
-    for threads in (1, 2):
-        add(f"torch-eager-{threads}", scorer, threads)
-    if compiled:
-        add("torch-compile-2", torch.compile(scorer, dynamic=False), 2)
-        add("torch-aoti-2", ahead_of_time(scorer, shape), 2)
-    return found
+def row(name: str, bucket: int, timing: Timing | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """One row of the result: an engine at a batch size."""
+    times = {"ms_per_image": None, "images_per_second": None}
+    if timing is not None:
+        times = {"ms_per_image": timing.ms_per_image, "images_per_second": timing.images_per_second}
+    return {"candidate": name, "batch": bucket, **times, **facts}
 
 
-def ahead_of_time(scorer: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-    """The network compiled by AOTInductor, which leaves a shared library that needs no Python to run."""
-    import torch._inductor
+def facts_of(report: CandidateReport) -> dict[str, Any]:
+    """What the engine set says of a candidate."""
+    lesions = report.lesions
+    return {
+        "precision": report.candidate.precision,
+        "max_delta_p": lesions.probability if lesions else report.parity.probability if report.parity else None,
+        "delta_auc": lesions.delta_auc if lesions else None,
+        "delta_pauc": lesions.delta_pauc if lesions else None,
+        "verdict": "passed" if report.passed else f"refused: {report.reason}",
+    }
 
-    batch = torch.export.Dim("batch", min=1, max=max(BUCKETS))
-    example = torch.zeros((2, *shape), dtype=torch.uint8)
-    with torch.no_grad():
-        exported = torch.export.export(scorer, (example,), dynamic_shapes={"images": {0: batch}})
-        package = torch._inductor.aoti_compile_and_package(exported)
-    return torch._inductor.aoti_load_package(package)
 
-
-def report(
-    timings: dict[str, dict[int, float]],
-    differences: dict[str, float],
-    work: tuple[float, float],
-    rates: dict[int, tuple[float, float]],
-    baseline: str,
-) -> str:
-    """The table: milliseconds per image, how much faster than the baseline, largest difference of a probability."""
+def table(rows: list[dict[str, Any]], baselines: dict[int, str]) -> str:
+    """The rows as Markdown, engines in the order of their rate; each ratio is to the baseline of the batch size."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for entry in rows:
+        by_name.setdefault(entry["candidate"], {})[entry["batch"]] = entry
+    rates = {bucket: by_name[name][bucket]["images_per_second"] for bucket, name in baselines.items()}
+    columns = [f"ms/image at {bucket}" for bucket in BUCKETS] + [f"images/s at {bucket}" for bucket in BUCKETS]
     lines = [
-        "| engine | " + " | ".join(f"ms/image at {bucket}" for bucket in BUCKETS) + " | "
-        "" + " | ".join(f"x {baseline} at {bucket}" for bucket in BUCKETS) + " | max abs Δp |",
-        "|" + "---|" * (2 + 2 * len(BUCKETS)),
+        "| engine | " + " | ".join(columns) + " | x torch eager | max abs Δp | ΔAUC | ΔpAUC |",
+        "|---" * (5 + len(columns)) + "|",
     ]
-    for name, by_bucket in sorted(timings.items(), key=lambda item: item[1][1]):
-        ratios = [timings[baseline][bucket] / by_bucket[bucket] for bucket in BUCKETS]
-        figures = [f"{by_bucket[bucket]:.2f}" for bucket in BUCKETS] + [f"{ratio:.2f}" for ratio in ratios]
-        lines.append(f"| {name} | {' | '.join(figures)} | {differences[name]:.1e} |")
-    flops, moved = work
-    for threads, (flop_rate, copy_rate) in rates.items():
-        bounds = [1000 * flops / flop_rate, 1000 * moved / copy_rate]
-        lines.append(
-            f"\n{threads} thread(s): {flops / 1e9:.2f} GFLOP and {moved / 1e6:.0f} MB an image; measured "
-            f"{flop_rate / 1e9:.0f} GFLOP/s and {copy_rate / 1e9:.1f} GB/s: at least {bounds[0]:.2f} ms of arithmetic, "
-            f"{bounds[1]:.2f} ms of traffic were nothing cached."
-        )
+    timed = {name: found for name, found in by_name.items() if found[BUCKETS[0]]["images_per_second"] is not None}
+    for name, found in sorted(timed.items(), key=lambda item: item[1][BUCKETS[0]]["images_per_second"]):
+        figures = [f"{found[bucket]['ms_per_image']:.2f}" for bucket in BUCKETS]
+        figures += [f"{found[bucket]['images_per_second']:.1f}" for bucket in BUCKETS]
+        figures.append(", ".join(f"{found[b]['images_per_second'] / rates[b]:.2f}" for b in BUCKETS))
+        for key, form in (("max_delta_p", ".1e"), ("delta_auc", "+.4f"), ("delta_pauc", "+.4f")):
+            value = found[BUCKETS[0]].get(key)
+            figures.append("" if value is None else format(value, form))
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    for name, found in by_name.items():
+        if name not in timed:
+            lines.append(f"\n{name}: {next(iter(found.values()))['verdict']}")
     return "\n".join(lines)
+
+
+def roofline(scorer: nn.Module, shape: tuple[int, int, int], device: str) -> list[dict[str, float]]:
+    """What one picture costs at least, by number of threads: arithmetic at the rate of a matrix product, traffic at the
+    rate of a copy."""
+    flops, moved = work_of(scorer, shape)
+    found = []
+    for threads in (1,) if device == "cuda" else (1, 2):
+        flop_rate, copy_rate = machine_rates(device, threads)
+        facts = {"threads": threads, "gflop": flops / 1e9, "mb": moved / 1e6}
+        rates = {"gflop_per_second": flop_rate / 1e9, "gb_per_second": copy_rate / 1e9}
+        bounds = {"arithmetic_ms": 1000 * flops / flop_rate, "traffic_ms": 1000 * moved / copy_rate}
+        found.append(facts | rates | bounds)
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole comparison; see the module."""
+    bundle = load_bundle(arguments.bundle)
+    shape = (bundle.manifest.input_size, bundle.manifest.input_size, 3)
+    scorer = torch_scorer(arguments.run, arguments.dataset, bundle)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bounds = roofline(scorer, shape, device)
+    engine_set = EngineSet.model_validate_json(arguments.engine_set.read_bytes())
+    passed = [report for report in engine_set.candidates if report.passed]
+    torches = torch_engines(scorer, shape, arguments.compile)
+    engines = torches | set_engines(bundle, passed)
+    facts = {report.candidate.name: facts_of(report) for report in engine_set.candidates}
+    if arguments.student:
+        small = load_bundle(arguments.student)
+        small_set = EngineSet.model_validate_json(arguments.student_set.read_bytes())
+        chosen = [r for r in small_set.candidates if r.candidate.name in small_set.chosen.values()]
+        engines |= {STUDENT + name: found for name, found in set_engines(small, chosen).items()}
+        facts |= {STUDENT + report.candidate.name: facts_of(report) for report in chosen}
+    reference = bundle.parity()
+    expected = softmax(reference["logits"].astype(np.float64))
+    for name, (first, *_) in torches.items():
+        found = softmax(first.run(reference["images"]).logits.astype(np.float64))
+        precision = "fp16" if "fp16" in name else "fp32"
+        facts[name] = {
+            "precision": precision,
+            "max_delta_p": float(np.abs(found - expected).max()),
+            "delta_auc": None,
+            "delta_pauc": None,
+            "verdict": "torch",
+        }
+    timings = time_engines(engines, reference["images"], rounds=arguments.rounds, say=say)
+    rows = [row(name, bucket, timings.get(name, {}).get(bucket), facts[name]) for name in facts for bucket in BUCKETS]
+    eager = [name for name in torches if "eager" in name or name == "torch-cuda-fp32"]
+    rates = {
+        name: {bucket: timing.images_per_second for bucket, timing in found.items()} for name, found in timings.items()
+    }
+    baselines = {bucket: max(eager, key=lambda name: rates[name][bucket]) for bucket in BUCKETS}
+    ratio = {bucket: rates[engine_set.chosen[bucket]][bucket] / rates[baselines[bucket]][bucket] for bucket in BUCKETS}
+    say(table(rows, baselines))
+    return {
+        "device": engine_set.device,
+        "chosen": engine_set.chosen,
+        "baseline": baselines,
+        "speedup_b1": ratio[1],
+        "speedup_b8": ratio[8],
+        "speedup_b32": ratio[32],
+        "rows": rows,
+        "roofline": bounds,
+    }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="folder that train_model wrote")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--bundle", required=True)
-    parser.add_argument("--engine-set", type=Path)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--engine-set", type=Path, required=True, help="JSON file that export_engine wrote")
+    parser.add_argument("--student", help="bundle of a smaller model")
+    parser.add_argument("--student-set", type=Path, help="its engine set")
+    parser.add_argument("--compile", action="store_true", help="torch.compile and AOTInductor, too (minutes)")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    bundle = load_bundle(arguments.bundle)
-    size = bundle.manifest.input_size
-    shape = (size, size, 3)
-    scorer = torch_scorer(arguments.run, arguments.dataset, bundle)
-    work = work_of(scorer, shape)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = {threads: machine_rates(device, threads) for threads in ((1,) if device == "cuda" else (1, 2))}
-    engines = torch_engines(scorer, shape, arguments.compile) | chosen_engines(bundle, arguments.engine_set)
-    reference = bundle.parity()
-    expected = softmax(reference["logits"].astype(np.float64))
-    differences = {
-        name: float(np.abs(softmax(engine.run(reference["images"]).logits.astype(np.float64)) - expected).max())
-        for name, engine in engines.items()
-    }
-    timings = time_engines(
-        engines, reference["images"], rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    baseline = "torch-cuda-fp32" if device == "cuda" else "torch-eager-2"
-    print(report(timings, differences, work, rates, baseline))
+    if (arguments.student is None) != (arguments.student_set is None):
+        parser.error("--student and --student-set go together")
+    print(json.dumps(measure(arguments)))
 
 
 if __name__ == "__main__":

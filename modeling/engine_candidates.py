@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from modeling.engine_interface import EngineUnavailableError
@@ -13,6 +13,7 @@ from modeling.tensorrt_engine import check_tensorrt
 
 # More threads first: the first of a kind is the one that is run on all lesions.
 _THREADS = (2, 1)
+CPU_ENGINES, GPU_ENGINES = ("onnxruntime", "openvino"), ("tensorrt",)
 
 
 def unavailable_engines() -> dict[str, str]:
@@ -31,10 +32,13 @@ def float16_has_use() -> bool:
     return cuda_available() or "tensorrt" not in unavailable_engines()
 
 
-def candidates_for(network: NetworkFile | None, buckets: Sequence[int]) -> list[Candidate]:
-    """The engines to try with the bundle's own float32 network (None), or with one in another precision."""
+def candidates_for(
+    network: NetworkFile | None, buckets: Sequence[int], engines: Collection[str] = CPU_ENGINES + GPU_ENGINES
+) -> list[Candidate]:
+    """Those of `engines` that this device can try with the bundle's own float32 network (None), or with one in another
+    precision."""
     precision = "fp32" if network is None else network.precision
-    unavailable, found = unavailable_engines(), []
+    usable, found = set(engines) - set(unavailable_engines()), []
 
     def add(name: str, engine: str, options: dict[str, Any], slots: int = 1, arithmetic: str = precision) -> None:
         choice: dict[str, Any] = {"engine": engine, "options": options}
@@ -47,13 +51,14 @@ def candidates_for(network: NetworkFile | None, buckets: Sequence[int]) -> list[
     cores = num_cores()
     for threads in (count for count in _THREADS if count <= cores and precision != "fp16"):
         slots = cores // threads
-        add(f"onnxruntime-cpu-{threads}", "onnxruntime", {"threads": threads, "provider": "cpu"}, slots)
-        if "openvino" not in unavailable:
+        if "onnxruntime" in usable:
+            add(f"onnxruntime-cpu-{threads}", "onnxruntime", {"threads": threads, "provider": "cpu"}, slots)
+        if "openvino" in usable:
             add(f"openvino-{threads}", "openvino", {"threads": threads, "precision": "f32"}, slots)
             if network is None and computes_bfloat16():
                 add(f"openvino-{threads}", "openvino", {"threads": threads, "precision": "bf16"}, slots, "bf16")
-    if cuda_available() and precision != "int8":
+    if "onnxruntime" in usable and cuda_available() and precision != "int8":
         add("onnxruntime-cuda", "onnxruntime", {"threads": 1, "provider": "cuda"})
-    if "tensorrt" not in unavailable:
+    if "tensorrt" in usable:
         add("tensorrt", "tensorrt", {"batches": sorted(buckets), "precision": precision})
     return found

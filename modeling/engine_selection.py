@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-
-import numpy as np
 
 from modeling.bundle import Bundle
 from modeling.engine_interface import Engine
@@ -23,12 +18,10 @@ from modeling.engine_parity import (
     score_lesions,
 )
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, Objective, device_key, num_cores
+from modeling.engine_timing import BUCKETS, time_engines
 from modeling.engines import create_engine
 from modeling.recorded_answers import measure_parity
-
-BUCKETS = (1, 8, 32)
-# A shorter measurement would be the clock's noise; a longer one makes no median better.
-_MIN_SAMPLE_S = 0.05
+from modeling.steady_line import steadily
 
 
 def _line(error: Exception) -> str:
@@ -108,70 +101,19 @@ class Judge:
         return self._reference
 
     def _progress(self, name: str, lesions: Lesions) -> Callable[[int], None]:
-        last = time.monotonic()
-
-        def progress(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > 5:
-                last = time.monotonic()
-                self._say(f"{name}: {done} of {len(lesions.images)} lesions")
-
-        return progress
-
-
-def time_engines(
-    engines: dict[str, Engine],
-    images: np.ndarray,
-    buckets: Sequence[int] = BUCKETS,
-    rounds: int = 7,
-    say: Callable[[str], None] = lambda message: None,
-) -> dict[str, dict[int, float]]:
-    """Milliseconds per image by engine and batch size: medians of rounds in which the engines alternate.
-
-    Alternating spreads a noisy neighbour over all of them; every second round runs them in reverse.
-    """
-    samples: dict[str, dict[int, list[float]]] = {name: {bucket: [] for bucket in buckets} for name in engines}
-    repeats: dict[int, int] = {}
-    for bucket in buckets:
-        for engine in engines.values():
-            engine.warm_up(bucket)
-        seconds = [_seconds(engine, images[np.arange(bucket) % len(images)], 1) for engine in engines.values()]
-        repeats[bucket] = min(max(buckets), math.ceil(_MIN_SAMPLE_S / max(min(seconds, default=1.0), 1e-6)))
-    last = time.monotonic()
-    for number in range(rounds):
-        order = list(engines) if number % 2 == 0 else list(engines)[::-1]
-        for bucket in buckets:
-            batch = images[np.arange(bucket) % len(images)]
-            for name in order:
-                taken = _seconds(engines[name], batch, repeats[bucket])
-                samples[name][bucket].append(taken * 1000 / (repeats[bucket] * bucket))
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            say(f"timing: round {number + 1} of {rounds}")
-    return {
-        name: {bucket: statistics.median(values) for bucket, values in by_bucket.items()}
-        for name, by_bucket in samples.items()
-    }
-
-
-def _seconds(engine: Engine, batch: np.ndarray, repeats: int) -> float:
-    started = time.perf_counter()
-    for _ in range(repeats):
-        engine.run(batch)
-    return time.perf_counter() - started
+        return steadily(self._say, f"{name}: lesions", len(lesions.images))
 
 
 def choose(reports: Sequence[CandidateReport], buckets: Sequence[int], objective: Objective) -> dict[int, str]:
     """The best passed candidate per bucket: most images a second from the whole device, or the shortest run.
 
-    Throughput counts every core a candidate occupies: on two cores, two replicas of one thread serve more than one
-    replica of two threads, although the latter answers a single request sooner.
+    On two cores, two replicas of one thread may serve more than one replica of two threads, although the latter
+    answers a single request sooner.
     """
     passed = [report for report in reports if report.passed]
 
     def cost(report: CandidateReport, bucket: int) -> float:
-        slots = report.candidate.slots if objective == "throughput" else 1
-        return report.ms_per_image[bucket] / slots
+        return -report.images_per_second[bucket] if objective == "throughput" else report.ms_per_image[bucket]
 
     return {bucket: min(passed, key=lambda r: cost(r, bucket)).candidate.name for bucket in buckets} if passed else {}
 
@@ -206,9 +148,7 @@ def measure_candidates(
     refused = [r.candidate for r in judge.reports if not r.passed and r.lesions and r.candidate.precision == "int8"]
     for candidate in better_try(refused) if refused else ():
         judge.admit(candidate)
-    timings = time_engines(judge.engines, bundle.parity()["images"], buckets, rounds, say)
-    reports = [r.model_copy(update={"ms_per_image": timings.get(r.candidate.name, {})}) for r in judge.reports]
-    reports += not_made
+    reports = _timed(judge, bundle, buckets, rounds, say) + list(not_made)
     return EngineSet(
         bundle_digest=bundle.digest,
         device=device_key(),
@@ -219,3 +159,26 @@ def measure_candidates(
         candidates=reports,
         chosen=choose(reports, buckets, objective),
     )
+
+
+def _timed(
+    judge: Judge, bundle: Bundle, buckets: Sequence[int], rounds: int, say: Callable[[str], None]
+) -> list[CandidateReport]:
+    """The judge's reports with the timings of what passed."""
+    beside = {
+        report.candidate.name: [
+            judge.engines[report.candidate.name],
+            *(create_engine(bundle, report.candidate.choice) for _ in range(report.candidate.slots - 1)),
+        ]
+        for report in judge.reports
+        if report.passed
+    }
+    timings = time_engines(beside, bundle.parity()["images"], buckets, rounds, say)
+    columns = {
+        name: {
+            "ms_per_image": {bucket: timing.ms_per_image for bucket, timing in by_bucket.items()},
+            "images_per_second": {bucket: timing.images_per_second for bucket, timing in by_bucket.items()},
+        }
+        for name, by_bucket in timings.items()
+    }
+    return [report.model_copy(update=columns.get(report.candidate.name, {})) for report in judge.reports]

@@ -36,7 +36,10 @@ class Candidate(_Record):
 
 
 class CandidateReport(_Record):
-    """What became of a candidate: `reason` is empty when it passed; `lesions` is what it did on real ones."""
+    """What became of a candidate: `reason` is empty when it passed; `lesions` is what it did on real ones.
+
+    Times by batch size: `ms_per_image` of one engine alone, `images_per_second` of `slots` of them side by side.
+    """
 
     candidate: Candidate
     passed: bool
@@ -44,6 +47,7 @@ class CandidateReport(_Record):
     parity: Parity | None = None
     lesions: LesionParity | None = None
     ms_per_image: dict[int, float] = Field(default_factory=dict)
+    images_per_second: dict[int, float] = Field(default_factory=dict)
 
 
 class EngineSet(_Record):
@@ -104,10 +108,7 @@ class EngineSet(_Record):
         return self.model_copy(update={"candidates": reports})
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per candidate and batch size, flat: what people compare. Refused candidates have one row, no times.
-
-        `images_per_second` is of the whole device: the time of one run, times the runs that fit beside each other.
-        """
+        """A row per candidate and batch size, flat: what people compare. Refused candidates have one row, no times."""
         rows = []
         for report in self.candidates:
             lesions = report.lesions.model_dump() if report.lesions else {}
@@ -120,8 +121,11 @@ class EngineSet(_Record):
                 **{name: lesions.get(name) for name in ("rank_correlation", "delta_auc", "delta_pauc", "n")},
             }
             for bucket, ms in report.ms_per_image.items() or [(None, None)]:
-                rate = None if ms is None else report.candidate.slots * 1000 / ms
-                timing = {"batch": bucket, "ms_per_image": ms, "images_per_second": rate}
+                timing = {
+                    "batch": bucket,
+                    "ms_per_image": ms,
+                    "images_per_second": report.images_per_second.get(bucket),
+                }
                 chosen = bucket is not None and self.chosen.get(bucket) == report.candidate.name
                 rows.append({**facts, **timing, "chosen": chosen})
         return rows

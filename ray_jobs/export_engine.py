@@ -15,9 +15,15 @@ from pydantic import Field
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
 from data_pipelines.lesion_pictures import drawn, read_pictures
 from modeling.bundle import Bundle, load_bundle
-from modeling.engine_candidates import candidates_for, float16_has_use, unavailable_engines
+from modeling.engine_candidates import (
+    CPU_ENGINES,
+    GPU_ENGINES,
+    candidates_for,
+    float16_has_use,
+    unavailable_engines,
+)
 from modeling.engine_parity import Lesions, ParityLimits
-from modeling.engine_selection import BUCKETS, measure_candidates
+from modeling.engine_selection import measure_candidates
 from modeling.engine_set import (
     Candidate,
     CandidateReport,
@@ -27,8 +33,9 @@ from modeling.engine_set import (
     find_engine_set,
     networks_folder,
 )
+from modeling.engine_timing import BUCKETS
 from modeling.network_file import keep_network
-from modeling.network_precision import Int8Recipe, write_float16, write_int8
+from modeling.network_precision import Activations, Int8Recipe, cpu_activations, write_float16, write_int8
 from modeling.registry import ModelVersion, Registry, find_model
 from ray_jobs.job import JobConfig, Location, run_job, say
 
@@ -44,9 +51,9 @@ class ExportEngineConfig(JobConfig):
     rounds: int = Field(7, ge=1, le=1000, description="alternating timing rounds; the median counts")
     objective: Objective = Field("throughput", description="throughput of the whole device, or latency of one run")
     limits: ParityLimits = Field(default_factory=ParityLimits)
-    int8: Int8Recipe | None = Field(default_factory=Int8Recipe, description="null: no int8 engines")
+    int8: Int8Recipe | None = Field(Int8Recipe(float_layers=0.1), description="null: no int8 engines")
     better_int8: Int8Recipe | None = Field(
-        Int8Recipe(pictures=256, calibration="percentile", float_layers=0.1),
+        Int8Recipe(pictures=128, calibration="percentile", float_layers=0.25),
         description="tried where the first one is refused",
     )
     seed: int = Field(0, ge=0, description="draws the lesions and the pictures to calibrate with")
@@ -101,19 +108,33 @@ class NetworkWriter:
         return self._candidates("fp16", "fp16", lambda path: write_float16(self._bundle.onnx_path, path))
 
     def int8(self, recipe: Int8Recipe, name: str = "int8") -> list[Candidate]:
-        """Candidates with an int8 network; none where it cannot be made."""
+        """Candidates with an int8 network, for this processor and for TensorRT; none where it cannot be made."""
+        found = self._int8(recipe, name, cpu_activations(), CPU_ENGINES)
+        if "tensorrt" not in unavailable_engines():
+            found += self._int8(recipe, name, "int8", GPU_ENGINES)
+        return found
 
+    def _int8(
+        self, recipe: Int8Recipe, name: str, activations: Activations, engines: tuple[str, ...]
+    ) -> list[Candidate]:
         def write(path: Path) -> None:
-            say(f"{name}: calibrating on {recipe.pictures} training pictures ({recipe.calibration})")
+            ranges = f"{recipe.calibration} of {recipe.pictures} training pictures"
+            say(f"{name}: {activations} inputs of layers, ranges by {ranges}")
             positions = drawn(self._version.training_positions, recipe.pictures, self._seed)
             pictures = read_pictures(self._version, positions, self._bundle.manifest.input_size)
-            kept = write_int8(self._bundle.onnx_path, path, pictures, recipe)
+            kept = write_int8(self._bundle.onnx_path, path, pictures, recipe, activations, say)
             if kept:
                 say(f"{name}: {len(kept)} layers stay float32: {', '.join(kept[:4])}{' ...' if len(kept) > 4 else ''}")
 
-        return self._candidates(name, "int8", write)
+        return self._candidates(name, "int8", write, engines)
 
-    def _candidates(self, name: str, precision: str, write: Callable[[Path], None]) -> list[Candidate]:
+    def _candidates(
+        self,
+        name: str,
+        precision: str,
+        write: Callable[[Path], None],
+        engines: tuple[str, ...] = CPU_ENGINES + GPU_ENGINES,
+    ) -> list[Candidate]:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             path = Path(folder) / f"{name}.onnx"
             try:
@@ -124,7 +145,7 @@ class NetworkWriter:
                 candidate = Candidate(name=name, choice={}, precision=precision)
                 self.not_made.append(CandidateReport(candidate=candidate, passed=False, reason=reason))
                 return []
-            return candidates_for(keep_network(path, self.folder, precision, name), BUCKETS)
+            return candidates_for(keep_network(path, self.folder, precision, name), BUCKETS, engines)
 
 
 def _candidates(

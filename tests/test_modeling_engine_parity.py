@@ -19,7 +19,7 @@ from modeling.engine_selection import measure_candidates
 from modeling.engine_set import Candidate
 from modeling.engines import create_engine
 from modeling.network_file import NetworkFile
-from modeling.network_precision import Int8Recipe, write_int8
+from modeling.network_precision import Int8Recipe, cpu_activations, write_int8
 from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
 
 FLOAT = Candidate(name="cpu", choice={"engine": "onnxruntime", "options": {"threads": 1}})
@@ -96,7 +96,7 @@ def test_doubled_logits_have_the_same_auc_and_are_refused_all_the_same(bundle, l
 
 
 def test_a_good_int8_network_passes(bundle, lesions, tmp_path):
-    write_int8(bundle.onnx_path, tmp_path / "int8.onnx", lesions.images[:64], Int8Recipe(weight_bits=8))
+    write_int8(bundle.onnx_path, tmp_path / "int8.onnx", lesions.images[:64], Int8Recipe(), cpu_activations())
     choice = {"engine": "onnxruntime", "network": int8_network(tmp_path / "int8.onnx")}
     limits = ParityLimits(auc=0.005, pauc=0.005)
     engine_set = measure_candidates(

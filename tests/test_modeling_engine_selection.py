@@ -8,7 +8,7 @@ import pytest
 from modeling.engine_candidates import candidates_for
 from modeling.engine_interface import EngineOutput
 from modeling.engine_parity import ParityLimits, differences
-from modeling.engine_selection import BUCKETS, choose, measure_candidates, time_engines
+from modeling.engine_selection import choose, measure_candidates
 from modeling.engine_set import (
     Candidate,
     CandidateReport,
@@ -18,6 +18,7 @@ from modeling.engine_set import (
     engine_sets,
     find_engine_set,
 )
+from modeling.engine_timing import BUCKETS
 from modeling.engines import create_engine
 from modeling.recorded_answers import measure_parity
 from tests.tiny_bundle import tiny_bundle
@@ -43,6 +44,7 @@ def test_default_candidates_agree_and_each_bucket_gets_one(bundle):
     for report in engine_set.candidates:
         assert report.passed and report.parity.probability < 1e-5
         assert all(ms > 0 for ms in report.ms_per_image.values())
+        assert set(report.images_per_second) == {1, 8, 32} and all(v > 0 for v in report.images_per_second.values())
     create_engine(bundle, engine_set.choice).warm_up(8)
 
 
@@ -110,12 +112,14 @@ def test_malformed_outputs_are_refused(bundle, spoil, message):
         measure_parity(_Fake(bundle.parity(), spoil), bundle.parity(), batches=(8,))
 
 
-def _report(name, ms, slots=1, passed=True):
-    return CandidateReport(candidate=Candidate(name=name, choice=CPU, slots=slots), passed=passed, ms_per_image=ms)
+def _report(name, ms, rates=None, passed=True):
+    rates = {bucket: 1000 / value for bucket, value in ms.items()} if rates is None else rates
+    candidate = Candidate(name=name, choice=CPU)
+    return CandidateReport(candidate=candidate, passed=passed, ms_per_image=ms, images_per_second=rates)
 
 
-def test_throughput_counts_the_cores_and_latency_does_not():
-    reports = [_report("one thread", {1: 3.0}, slots=2), _report("two threads", {1: 2.0}, slots=1)]
+def test_throughput_is_the_whole_devices_and_latency_one_runs():
+    reports = [_report("one thread", {1: 3.0}, {1: 600}), _report("two threads", {1: 2.0}, {1: 500})]
     assert choose(reports, (1,), "throughput") == {1: "one thread"}
     assert choose(reports, (1,), "latency") == {1: "two threads"}
 
@@ -136,29 +140,6 @@ def test_a_choice_per_bucket_can_be_built_and_read(bundle):
     assert engine_set.choice == {"buckets": {"1": CPU, "8": CPU}}
     create_engine(bundle, engine_set.choice).warm_up(8)
     assert _engine_set(bundle.digest, "cpu", {1: "a", 8: "a"}).summary == "a"
-
-
-def test_rounds_alternate_and_the_median_ignores_an_outlier(monkeypatch):
-    clock = [0.0]
-    order = []
-
-    class Timed:
-        def __init__(self, name, costs):
-            self.name, self.costs = name, iter(costs)
-
-        def warm_up(self, batch):
-            pass
-
-        def run(self, images, with_cam=False):
-            order.append(self.name)
-            clock[0] += next(self.costs)
-
-    monkeypatch.setattr("modeling.engine_selection.time.perf_counter", lambda: clock[0])
-    engines = {"a": Timed("a", [0.08, 0.08, 8.0, 0.08]), "b": Timed("b", [0.16, 0.16, 0.16, 0.16])}
-    timings = time_engines(engines, np.zeros((4, 2, 2, 3), np.uint8), buckets=(8,), rounds=3)
-    assert timings == {"a": {8: pytest.approx(10.0)}, "b": {8: pytest.approx(20.0)}}
-    # Each runs once before, to see how long it takes.
-    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
 
 
 def _engine_set(digest, device, chosen):

@@ -199,7 +199,7 @@ def test_every_backbone_family_builds_in_three_precisions(family, tmp_path):
     export_onnx(scorer, size, paths["fp32"])
     write_float16(paths["fp32"], paths["fp16"])
     pictures = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
-    write_int8(paths["fp32"], paths["int8"], pictures, Int8Recipe(pictures=4))
+    write_int8(paths["fp32"], paths["int8"], pictures, Int8Recipe(), "int8")
     sizes = {name: len(build_plan(path, PROFILE, ADA)) for name, path in paths.items()}
     # Weights take half and, of the quantised layers, a quarter of the room.
     assert sizes["fp16"] < 0.75 * sizes["fp32"]
