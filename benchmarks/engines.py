@@ -1,7 +1,7 @@
 """Every engine of a trained model beside torch, in one alternating run, and beside what the machine could do.
 
     python -m benchmarks.engines --run RUN --dataset DATASET --bundle BUNDLE --engine-set FILE [--compile]
-        [--student BUNDLE --student-set FILE] [--rounds 7]
+        [--student BUNDLE --student-set FILE] [--batches 1,8,32] [--rounds 7]
 
 RUN is the folder that train_model wrote (torch's weights), BUNDLE the bundle it made, FILE the engine set that
 export_engine wrote; the engines that passed are timed. The student is another model's bundle with its set, whose chosen
@@ -110,18 +110,19 @@ def table(rows: list[dict[str, Any]], baselines: dict[int, str]) -> str:
     for entry in rows:
         by_name.setdefault(entry["candidate"], {})[entry["batch"]] = entry
     rates = {bucket: by_name[name][bucket]["images_per_second"] for bucket, name in baselines.items()}
-    columns = [f"ms/image at {bucket}" for bucket in BUCKETS] + [f"images/s at {bucket}" for bucket in BUCKETS]
+    columns = [f"ms/image at {bucket}" for bucket in baselines] + [f"images/s at {bucket}" for bucket in baselines]
+    first = min(baselines)
     lines = [
         "| engine | " + " | ".join(columns) + " | x torch eager | max abs Δp | ΔAUC | ΔpAUC |",
         "|---" * (5 + len(columns)) + "|",
     ]
-    timed = {name: found for name, found in by_name.items() if found[BUCKETS[0]]["images_per_second"] is not None}
-    for name, found in sorted(timed.items(), key=lambda item: item[1][BUCKETS[0]]["images_per_second"]):
-        figures = [f"{found[bucket]['ms_per_image']:.2f}" for bucket in BUCKETS]
-        figures += [f"{found[bucket]['images_per_second']:.1f}" for bucket in BUCKETS]
-        figures.append(", ".join(f"{found[b]['images_per_second'] / rates[b]:.2f}" for b in BUCKETS))
+    timed = {name: found for name, found in by_name.items() if found[first]["images_per_second"] is not None}
+    for name, found in sorted(timed.items(), key=lambda item: item[1][first]["images_per_second"]):
+        figures = [f"{found[bucket]['ms_per_image']:.2f}" for bucket in baselines]
+        figures += [f"{found[bucket]['images_per_second']:.1f}" for bucket in baselines]
+        figures.append(", ".join(f"{found[b]['images_per_second'] / rates[b]:.2f}" for b in baselines))
         for key, form in (("max_delta_p", ".1e"), ("delta_auc", "+.4f"), ("delta_pauc", "+.4f")):
-            value = found[BUCKETS[0]].get(key)
+            value = found[first].get(key)
             figures.append("" if value is None else format(value, form))
         lines.append(f"| {name} | {' | '.join(figures)} |")
     for name, found in by_name.items():
@@ -149,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bundle = load_bundle(arguments.bundle)
     shape = (bundle.manifest.input_size, bundle.manifest.input_size, 3)
     scorer = torch_scorer(arguments.run, arguments.dataset, bundle)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, batches = "cuda" if torch.cuda.is_available() else "cpu", arguments.batches
     bounds = roofline(scorer, shape, device)
     engine_set = EngineSet.model_validate_json(arguments.engine_set.read_bytes())
     passed = [report for report in engine_set.candidates if report.passed]
@@ -174,25 +175,31 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "delta_pauc": None,
             "verdict": "torch",
         }
-    timings = time_engines(engines, reference["images"], rounds=arguments.rounds, say=say)
-    rows = [row(name, bucket, timings.get(name, {}).get(bucket), facts[name]) for name in facts for bucket in BUCKETS]
+    timings = time_engines(engines, reference["images"], batches, arguments.rounds, say)
+    rows = [row(name, bucket, timings.get(name, {}).get(bucket), facts[name]) for name in facts for bucket in batches]
     eager = [name for name in torches if "eager" in name or name == "torch-cuda-fp32"]
     rates = {
         name: {bucket: timing.images_per_second for bucket, timing in found.items()} for name, found in timings.items()
     }
-    baselines = {bucket: max(eager, key=lambda name: rates[name][bucket]) for bucket in BUCKETS}
-    ratio = {bucket: rates[engine_set.chosen[bucket]][bucket] / rates[baselines[bucket]][bucket] for bucket in BUCKETS}
+    baselines = {bucket: max(eager, key=lambda name: rates[name][bucket]) for bucket in batches}
+    ratio = {bucket: rates[engine_set.chosen[bucket]][bucket] / rates[baselines[bucket]][bucket] for bucket in batches}
     say(table(rows, baselines))
     return {
         "device": engine_set.device,
         "chosen": engine_set.chosen,
         "baseline": baselines,
-        "speedup_b1": ratio[1],
-        "speedup_b8": ratio[8],
-        "speedup_b32": ratio[32],
+        **{f"speedup_b{bucket}": value for bucket, value in ratio.items()},
         "rows": rows,
         "roofline": bounds,
     }
+
+
+def sizes(text: str) -> list[int]:
+    """The batch sizes of a flag; ValueError for one that engine sets do not have."""
+    found = [int(part) for part in text.split(",")]
+    if not found or not set(found) <= set(BUCKETS):
+        raise ValueError(text)
+    return found
 
 
 def say(line: str) -> None:
@@ -208,6 +215,7 @@ def main() -> None:
     parser.add_argument("--student", help="bundle of a smaller model")
     parser.add_argument("--student-set", type=Path, help="its engine set")
     parser.add_argument("--compile", action="store_true", help="torch.compile and AOTInductor, too (minutes)")
+    parser.add_argument("--batches", type=sizes, default=list(BUCKETS), help="batch sizes, of those in the set: 1,8,32")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     if (arguments.student is None) != (arguments.student_set is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -129,6 +130,7 @@ def measure_candidates(
     better_try: Callable[[list[Candidate]], Sequence[Candidate]] = lambda refused: (),
     not_made: Sequence[CandidateReport] = (),
     say: Callable[[str], None] = lambda message: None,
+    enough_s: float = math.inf,
 ) -> EngineSet:
     """Starts, judges and times every candidate on this device.
 
@@ -136,6 +138,7 @@ def measure_candidates(
         lesions: of the gate split; None: float32 engines only can pass.
         buckets: batch sizes to time and choose for.
         rounds: alternating rounds; the median counts.
+        enough_s: as `time_engines` takes it.
         better_try: called once with the int8 candidates that lesions spoke against, if any; gives others to try.
         not_made: candidates whose network could not be made, for the record.
         say: receives one progress line per candidate.
@@ -148,7 +151,7 @@ def measure_candidates(
     refused = [r.candidate for r in judge.reports if not r.passed and r.lesions and r.candidate.precision == "int8"]
     for candidate in better_try(refused) if refused else ():
         judge.admit(candidate)
-    reports = _timed(judge, bundle, buckets, rounds, say) + list(not_made)
+    reports = _timed(judge, bundle, buckets, rounds, say, enough_s) + list(not_made)
     return EngineSet(
         bundle_digest=bundle.digest,
         device=device_key(),
@@ -162,7 +165,7 @@ def measure_candidates(
 
 
 def _timed(
-    judge: Judge, bundle: Bundle, buckets: Sequence[int], rounds: int, say: Callable[[str], None]
+    judge: Judge, bundle: Bundle, buckets: Sequence[int], rounds: int, say: Callable[[str], None], enough_s: float
 ) -> list[CandidateReport]:
     """The judge's reports with the timings of what passed."""
     beside = {
@@ -173,7 +176,7 @@ def _timed(
         for report in judge.reports
         if report.passed
     }
-    timings = time_engines(beside, bundle.parity()["images"], buckets, rounds, say)
+    timings = time_engines(beside, bundle.parity()["images"], buckets, rounds, say, enough_s)
     columns = {
         name: {
             "ms_per_image": {bucket: timing.ms_per_image for bucket, timing in by_bucket.items()},

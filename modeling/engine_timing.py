@@ -18,6 +18,7 @@ from modeling.steady_line import steadily
 BUCKETS = (1, 8, 32)
 # A shorter measurement would be the clock's noise; a longer one makes no median better.
 _MIN_SAMPLE_S = 0.05
+_MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def time_engines(
     buckets: Sequence[int] = BUCKETS,
     rounds: int = 7,
     say: Callable[[str], None] = lambda message: None,
+    enough_s: float = math.inf,
 ) -> dict[str, dict[int, Timing]]:
     """Timings by name and batch size: medians of rounds in which the candidates alternate.
 
@@ -46,6 +48,7 @@ def time_engines(
 
     Args:
         engines: per candidate as many engines as keep the device busy; the first one is timed alone, too.
+        enough_s: seconds after which no round is started any more, unless there were fewer than three.
     """
     alone: dict[str, dict[int, list[float]]] = {name: {bucket: [] for bucket in buckets} for name in engines}
     together: dict[str, dict[int, list[float]]] = {name: {bucket: [] for bucket in buckets} for name in engines}
@@ -55,10 +58,15 @@ def time_engines(
         for beside in engines.values():
             for engine in beside:
                 engine.warm_up(bucket)
-        seconds = [_seconds(beside[:1], batch, 1) for beside in engines.values()]
-        repeats[bucket] = min(max(buckets), math.ceil(_MIN_SAMPLE_S / max(min(seconds, default=1.0), 1e-6)))
+        # The smallest batch tells how often the others must run.
+        if not repeats:
+            seconds = min((_seconds(beside[:1], batch, 1) for beside in engines.values()), default=1.0) / bucket
+        repeats[bucket] = min(max(buckets), math.ceil(_MIN_SAMPLE_S / max(seconds * bucket, 1e-6)))
     progress = steadily(say, "timing: rounds", rounds)
+    started = time.monotonic()
     for number in range(rounds):
+        if number >= _MIN_ROUNDS and time.monotonic() - started > enough_s:
+            break
         order = list(engines) if number % 2 == 0 else list(engines)[::-1]
         for bucket in buckets:
             batch = images[np.arange(bucket) % len(images)]

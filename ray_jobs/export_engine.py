@@ -49,6 +49,9 @@ class ExportEngineConfig(JobConfig):
         1500, ge=2, description="at most so many of the gate split are compared on, malignant ones first"
     )
     rounds: int = Field(7, ge=1, le=1000, description="alternating timing rounds; the median counts")
+    enough_s: float = Field(
+        120, gt=0, description="seconds of timing after which no further round starts, beyond three"
+    )
     objective: Objective = Field("throughput", description="throughput of the whole device, or latency of one run")
     limits: ParityLimits = Field(default_factory=ParityLimits)
     int8: Int8Recipe | None = Field(Int8Recipe(float_layers=0.1), description="null: no int8 engines")
@@ -239,6 +242,7 @@ def run(config: ExportEngineConfig) -> dict[str, Any]:
         better_try=better_try,
         not_made=() if writer is None else writer.not_made,
         say=say,
+        enough_s=config.enough_s,
     )
     engine_set, path = _publish(config, found, engine_set, folder)
     for report in engine_set.candidates:

@@ -14,11 +14,16 @@ from dataclasses import asdict
 import psutil
 import pytest
 
+from data_pipelines.image_dataset import open_dataset
 from local import down
 from local.cluster import STATE_FILE, ClusterState, LocalCluster
 from local.demo import MARKER, Demo, DemoError, clear_home, main
 from local.jobs import REPO_ROOT
 from local.processes import MARK, marked_processes
+from modeling.bundle import load_bundle
+from modeling.engine_selection import measure_candidates
+from ray_jobs.export_engine import gate_lesions
+from tests.broken_networks import changed, four_bits, wrong_normalisation
 
 
 def test_only_a_demo_s_folder_is_cleared(tmp_path):
@@ -95,6 +100,18 @@ def test_a_failing_stage_stops_with_its_name_and_reason_and_the_table_shows_what
     assert re.search(r"second +\d+\.\d  FAILED", demo.table())
 
 
+def broken_engines(home, folder):
+    """(passed, reason) of the demo's network with 4-bit weights and with a wrong normalisation, on its own lesions."""
+    (path,) = (home / "bundles").iterdir()
+    bundle = load_bundle(path)
+    lesions = gate_lesions(open_dataset(home / "datasets/demo"), bundle, 400, seed=0)
+    broken = [
+        changed(bundle, folder / "four_bits.onnx", four_bits),
+        changed(bundle, folder / "wrong_normalisation.onnx", wrong_normalisation),
+    ]
+    return [(r.passed, r.reason) for r in measure_candidates(bundle, broken, lesions, rounds=1).candidates]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_demo(tmp_path):
@@ -117,6 +134,8 @@ def test_the_whole_demo(tmp_path):
         curl = re.search(r"^try +(curl .*)$", done.stdout, re.MULTILINE).group(1)
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60, check=True)
         assert "risk" in json.loads(answer.stdout)
+        broken = broken_engines(home, tmp_path)
+        assert len(broken) == 2 and all(not passed and "differs by" in reason for passed, reason in broken), broken
         # Out of fold, where there are six times the lesions of the gate split, whose 70 cancers are too few to tell.
         comparison = json.loads((home / "runs/demo/report/comparison.json").read_text())
         gains = {(row["model"], row["against"]): row for row in comparison["gains"]["out_of_fold"]}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
-from modeling.bundle_manifest import sha256_file
 from modeling.engine_parity import (
     Lesions,
     ParityLimits,
@@ -18,8 +15,8 @@ from modeling.engine_parity import (
 from modeling.engine_selection import measure_candidates
 from modeling.engine_set import Candidate
 from modeling.engines import create_engine
-from modeling.network_file import NetworkFile
 from modeling.network_precision import Int8Recipe, cpu_activations, write_int8
+from tests.broken_networks import changed, four_bits, int8_network
 from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
 
 FLOAT = Candidate(name="cpu", choice={"engine": "onnxruntime", "options": {"threads": 1}})
@@ -42,35 +39,12 @@ def lesions():
     return Lesions(images, rng.random(600) < 1 / (1 + np.exp(1 - 2 * score)), np.arange(600) // 2)
 
 
-def int8_network(path):
-    network = NetworkFile(uri=str(path), sha256=sha256_file(path), precision="int8", name="int8")
-    return network.model_dump()
-
-
-def changed(bundle, path, change):
-    """The bundle's network with its constants changed, as a candidate that claims to be int8."""
-    model = onnx.load(bundle.onnx_path)
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(change(tensor.name, numpy_helper.to_array(tensor)), tensor.name))
-    onnx.save(model, path)
-    choice = {"engine": "onnxruntime", "network": int8_network(path)}
-    return Candidate(name=path.stem, choice=choice, precision="int8")
-
-
-def four_bits(name, value):
-    """Symmetric 4-bit weights, one scale per tensor."""
-    if value.ndim != 4:
-        return value
-    scale = np.abs(value).max() / 7
-    return (np.round(value / scale).clip(-8, 7) * scale).astype(value.dtype)
-
-
 def blue_first(name, value):
     return value[:, ::-1].copy() if name == "mixing" else value
 
 
-def forgotten_division(name, value):
-    return np.float32(1 / 128) if name == "scale" else value
+def doubled_scale(name, value):
+    return 2 * value if name == "scale" else value
 
 
 @pytest.mark.parametrize(
@@ -78,7 +52,7 @@ def forgotten_division(name, value):
     [
         (four_bits, "AUC differs by"),
         (blue_first, "AUC differs by"),
-        (forgotten_division, "mean probability differs by"),
+        (doubled_scale, "mean probability differs by"),
     ],
 )
 def test_a_broken_candidate_is_refused_however_fast(bundle, lesions, tmp_path, change, reason):
@@ -90,7 +64,7 @@ def test_a_broken_candidate_is_refused_however_fast(bundle, lesions, tmp_path, c
 
 
 def test_doubled_logits_have_the_same_auc_and_are_refused_all_the_same(bundle, lesions, tmp_path):
-    doubled = changed(bundle, tmp_path / "doubled.onnx", forgotten_division)
+    doubled = changed(bundle, tmp_path / "doubled.onnx", doubled_scale)
     report = measure_candidates(bundle, [doubled], lesions, rounds=1).candidates[0]
     assert abs(report.lesions.delta_auc) < 1e-9 and not report.passed
 

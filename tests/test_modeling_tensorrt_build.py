@@ -13,7 +13,7 @@ import pytest
 from modeling.engine_interface import EngineUnavailableError
 from modeling.network_precision import Int8Recipe, write_float16, write_int8
 from modeling.tensorrt_build import BatchProfile, EngineKey, build_plan, cached_plan, tensorrt_module
-from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle, write_onnx
+from tests.tiny_bundle import SIZE, expected_outputs, write_onnx
 
 # One GPU generation that every TensorRT-RTX builds for; none need be here.
 ADA = "8.9"
@@ -208,15 +208,22 @@ def test_every_backbone_family_builds_in_three_precisions(family, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_an_engine_on_the_gpu_computes_the_network(tmp_path, cuda_graphs):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 1e-2), ("int8", 0.1)])
+def test_an_engine_on_the_gpu_computes_the_network(tmp_path, precision, tolerance, cuda_graphs):
     from modeling.tensorrt_engine import TensorRtEngine
 
-    bundle = tiny_bundle(tmp_path / "tiny")
-    engine = TensorRtEngine(bundle.onnx_path, [1, 4], cuda_graphs=cuda_graphs, cache_dir=tmp_path / "cache")
+    pictures = np.random.default_rng(9).integers(0, 256, (16, SIZE, SIZE, 3), dtype=np.uint8)
+    fp32, path = tmp_path / "fp32.onnx", tmp_path / f"{precision}.onnx"
+    write_onnx(fp32)
+    if precision == "fp16":
+        write_float16(fp32, path)
+    elif precision == "int8":
+        write_int8(fp32, path, pictures, Int8Recipe(), "int8")
+    engine = TensorRtEngine(path, [1, 4], precision, cuda_graphs, tmp_path / "cache")
     for count in (1, 3, 4, 11):
         images = np.random.default_rng(count).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
         output = engine.run(images, with_cam=True)
         logits, embedding = expected_outputs(images)
-        np.testing.assert_allclose(output.logits, logits, atol=1e-3)
-        np.testing.assert_allclose(output.embedding, embedding, atol=1e-3)
-        np.testing.assert_allclose(output.cam.mean(axis=(2, 3)), logits, atol=1e-3)
+        np.testing.assert_allclose(output.logits, logits, atol=tolerance)
+        np.testing.assert_allclose(output.embedding, embedding, atol=tolerance)
+        np.testing.assert_allclose(output.cam.mean(axis=(2, 3)), output.logits, atol=tolerance)

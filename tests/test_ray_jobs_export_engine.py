@@ -20,7 +20,7 @@ from ray_jobs.export_engine import ExportEngineConfig, gate_lesions
 from tests.dark_spots import prepare_dark_spots
 from tests.tiny_bundle import SIZE, tiny_bundle
 
-INT8 = "onnxruntime-cpu-1-int8"
+INT8 = "openvino-1-int8"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_chosen_network_is_found_by_hosts_that_see_mlflow_only(bundle, dataset
     shutil.rmtree(Path(result["engine_set"]).with_suffix(""))
     choice = find_engine_set(paths["engine_sets"], bundle.digest).choice
     engine = create_engine(load_bundle(bundle.directory), choice)
-    assert engine.name == INT8
+    assert engine.name == "openvino-f32-1-int8"
     assert engine.run(np.zeros((2, SIZE, SIZE, 3), np.uint8)).logits.shape == (2, 2)
 
 

@@ -95,6 +95,7 @@ def mark_a_kept_row(part):
     np.savez(part, **arrays | {"abstained": json.dumps(abstained | {row: ["kept", "by the first attempt"]})})
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_writes_what_an_unbroken_one_writes(ray_cluster, inputs, tmp_path):
     whole, _ = score(inputs, tmp_path / "whole.csv", ray_cluster)
     assert (whole["rows"], whole["quarantined"]) == (NUM_ROWS - 3, 3)

@@ -102,7 +102,8 @@ def recorded_trainer(settings, version, storage, name):
     return trainer, folder
 
 
-@pytest.mark.parametrize("place", ["read_task", pytest.param("device", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["read_task", "device"])
 def test_a_run_killed_in_its_second_epoch_sees_the_samples_of_an_unbroken_run(ray_connected, version, tmp_path, place):
     settings = config(3, 1200, workers=2)
     settings = settings.model_copy(update={"augmentation": AugmentationConfig(recipe="light", place=place), "seed": 5})
