@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modeling.engine_interface import INPUT, EngineUnavailableError
+from modeling.engine_interface import INPUT, EngineUnavailableError, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,12 @@ def build_plan(
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, messages.logger)
     if not parser.parse(Path(onnx_path).read_bytes()):
-        problems = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        raise ValueError(f"engine tensorrt: {onnx_path} cannot be parsed: {' '.join('; '.join(problems).split())}")
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        problems = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+        raise ValueError(f"engine tensorrt: {onnx_path} cannot be parsed: {' '.join(problems.split())}")
+    # Some damaged files parse as a network of nothing.
+    inputs = [network.get_input(number).name for number in range(network.num_inputs)]
+    check_names("tensorrt", onnx_path, inputs, [network.get_output(n).name for n in range(network.num_outputs)])
     config = builder.create_builder_config()
     shape = tuple(network.get_input(0).shape)[1:]
     shapes = builder.create_optimization_profile()
