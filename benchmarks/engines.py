@@ -1,12 +1,12 @@
 """Every engine of a trained model beside torch, in one alternating run, and beside what the machine could do.
 
     python -m benchmarks.engines --run RUN --dataset DATASET --bundle BUNDLE --engine-set FILE [--compile]
-        [--student BUNDLE --student-set FILE] [--batches 1,8,32] [--rounds 7]
+        [--student STUDENT_RUN] [--batches 1,8,32] [--rounds 7]
 
 RUN is the folder that train_model wrote (torch's weights), BUNDLE the bundle it made, FILE the engine set that
-export_engine wrote; the engines that passed are timed. The student is another model's bundle with its set, whose chosen
-engines are timed too. On a GPU torch runs there: float32, and float16 in a CUDA graph. A table goes to stderr, one JSON
-object to stdout.
+export_engine wrote; the engines that passed are timed. The refit of STUDENT_RUN, which learnt from RUN, is timed in
+float32 and int8; its ΔAUC and ΔpAUC are from the bundle's network in float32. On a GPU torch runs there: float32, and
+float16 in a CUDA graph. A table goes to stderr, one JSON object to stdout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.student import student_engines
 from benchmarks.torch_engines import torch_engines, torch_scorer
+from data_pipelines.image_dataset import open_dataset
 from modeling.bundle import Bundle, load_bundle
 from modeling.engine_interface import Engine
-from modeling.engine_set import CandidateReport, EngineSet
+from modeling.engine_set import CandidateReport, EngineSet, device_key
 from modeling.engine_timing import BUCKETS, Timing, time_engines
 from modeling.engines import create_engine
 from modeling.recorded_answers import softmax
@@ -145,24 +148,24 @@ def roofline(scorer: nn.Module, shape: tuple[int, int, int], device: str) -> lis
     return found
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole comparison; see the module."""
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The whole comparison; see the module. The student's networks are written to `folder`."""
     bundle = load_bundle(arguments.bundle)
+    engine_set = EngineSet.model_validate_json(arguments.engine_set.read_bytes())
+    if (engine_set.bundle_digest, engine_set.device) != (bundle.digest, device_key()) or not engine_set.chosen:
+        raise ValueError(f"engine set {arguments.engine_set} is another bundle's or device's, or no engine passed")
     shape = (bundle.manifest.input_size, bundle.manifest.input_size, 3)
     scorer = torch_scorer(arguments.run, arguments.dataset, bundle)
     device, batches = "cuda" if torch.cuda.is_available() else "cpu", arguments.batches
     bounds = roofline(scorer, shape, device)
-    engine_set = EngineSet.model_validate_json(arguments.engine_set.read_bytes())
     passed = [report for report in engine_set.candidates if report.passed]
     torches = torch_engines(scorer, shape, arguments.compile)
     engines = torches | set_engines(bundle, passed)
     facts = {report.candidate.name: facts_of(report) for report in engine_set.candidates}
     if arguments.student:
-        small = load_bundle(arguments.student)
-        small_set = EngineSet.model_validate_json(arguments.student_set.read_bytes())
-        chosen = [r for r in small_set.candidates if r.candidate.name in small_set.chosen.values()]
-        engines |= {STUDENT + name: found for name, found in set_engines(small, chosen).items()}
-        facts |= {STUDENT + report.candidate.name: facts_of(report) for report in chosen}
+        small, known = student_engines(arguments.student, open_dataset(arguments.dataset), bundle, folder)
+        engines |= {STUDENT + name: found for name, found in small.items()}
+        facts |= {STUDENT + name: found for name, found in known.items()}
     reference = bundle.parity()
     expected = softmax(reference["logits"].astype(np.float64))
     for name, (first, *_) in torches.items():
@@ -212,15 +215,13 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--engine-set", type=Path, required=True, help="JSON file that export_engine wrote")
-    parser.add_argument("--student", help="bundle of a smaller model")
-    parser.add_argument("--student-set", type=Path, help="its engine set")
+    parser.add_argument("--student", type=Path, help="folder of a run of train_model that learnt from this one")
     parser.add_argument("--compile", action="store_true", help="torch.compile and AOTInductor, too (minutes)")
     parser.add_argument("--batches", type=sizes, default=list(BUCKETS), help="batch sizes, of those in the set: 1,8,32")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    if (arguments.student is None) != (arguments.student_set is None):
-        parser.error("--student and --student-set go together")
-    print(json.dumps(measure(arguments)))
+    with tempfile.TemporaryDirectory(prefix="dermray-engines-") as folder:
+        print(json.dumps(measure(arguments, Path(folder))))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from modeling.tensorrt_engine import check_tensorrt
 
 # More threads first: the first of a kind is the one that is run on all lesions.
 _THREADS = (2, 1)
+# Rates are measured side by side on so many cores at most: every engine there holds its own copy of the network.
+_MEASURED_CORES = 8
 CPU_ENGINES, GPU_ENGINES = ("onnxruntime", "openvino"), ("tensorrt",)
 
 
@@ -26,6 +28,18 @@ def unavailable_engines() -> dict[str, str]:
         except EngineUnavailableError as error:
             reasons[name] = str(error)
     return reasons
+
+
+def onnxruntime_has_int8() -> bool:
+    """Whether ONNX Runtime has int8 kernels for this processor: layers whose inputs take half of uint8 it computes in
+    float32, in two to three times a float32 network's time (measured)."""
+    return cpu_activations() == "uint8"
+
+
+def int8_has_use(engines: Collection[str]) -> bool:
+    """Whether one of the engines can try an int8 network here."""
+    usable = set(engines) - set(unavailable_engines())
+    return bool(usable - {"onnxruntime"}) or ("onnxruntime" in usable and onnxruntime_has_int8())
 
 
 def float16_has_use() -> bool:
@@ -49,11 +63,10 @@ def candidates_for(
         label = name if suffix == "fp32" else f"{name}-{suffix}"
         found.append(Candidate(name=label, choice=choice, precision=arithmetic, slots=slots))
 
-    cores = num_cores()
+    cores = min(num_cores(), _MEASURED_CORES)
     for threads in (count for count in _THREADS if count <= cores and precision != "fp16"):
         slots = cores // threads
-        # ONNX Runtime fuses no layers whose inputs take half of uint8: two to three times float32's time.
-        if "onnxruntime" in usable and (precision != "int8" or cpu_activations() == "uint8"):
+        if "onnxruntime" in usable and (precision != "int8" or onnxruntime_has_int8()):
             add(f"onnxruntime-cpu-{threads}", "onnxruntime", {"threads": threads, "provider": "cpu"}, slots)
         if "openvino" in usable:
             add(f"openvino-{threads}", "openvino", {"threads": threads, "precision": "f32"}, slots)

@@ -44,23 +44,25 @@ class Judge:
         buckets: Sequence[int] = BUCKETS,
         say: Callable[[str], None] = lambda message: None,
     ):
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, list[Engine]] = {}
         self.reports: list[CandidateReport] = []
         self._bundle, self._lesions, self._limits, self._buckets, self._say = bundle, lesions, limits, buckets, say
         self._reference: LesionScores | None = None
         self._known: dict[tuple, LesionParity] = {}
 
     def admit(self, candidate: Candidate) -> CandidateReport:
-        """Starts and judges a candidate; those that pass are in `engines`."""
+        """Starts and judges a candidate; those that pass are in `engines`, each as often as it has slots."""
         try:
-            engine = create_engine(self._bundle, candidate.choice)
-            report = self._judge(candidate, engine)
+            engines = [create_engine(self._bundle, candidate.choice)]
+            report = self._judge(candidate, engines[0])
+            if report.passed:
+                engines += [create_engine(self._bundle, candidate.choice) for _ in range(candidate.slots - 1)]
         except Exception as error:  # whatever an engine's library raises refuses this candidate, not the others
-            engine, report = None, CandidateReport(candidate=candidate, passed=False, reason=_line(error))
+            engines, report = [], CandidateReport(candidate=candidate, passed=False, reason=_line(error))
         self._say(f"{candidate.name}: " + ("the same model" if report.passed else f"refused: {report.reason}"))
         self.reports.append(report)
-        if report.passed and engine is not None:
-            self.engines[candidate.name] = engine
+        if report.passed:
+            self.engines[candidate.name] = engines
         return report
 
     def _judge(self, candidate: Candidate, engine: Engine) -> CandidateReport:
@@ -168,15 +170,7 @@ def _timed(
     judge: Judge, bundle: Bundle, buckets: Sequence[int], rounds: int, say: Callable[[str], None], enough_s: float
 ) -> list[CandidateReport]:
     """The judge's reports with the timings of what passed."""
-    beside = {
-        report.candidate.name: [
-            judge.engines[report.candidate.name],
-            *(create_engine(bundle, report.candidate.choice) for _ in range(report.candidate.slots - 1)),
-        ]
-        for report in judge.reports
-        if report.passed
-    }
-    timings = time_engines(beside, bundle.parity()["images"], buckets, rounds, say, enough_s)
+    timings = time_engines(judge.engines, bundle.parity()["images"], buckets, rounds, say, enough_s)
     columns = {
         name: {
             "ms_per_image": {bucket: timing.ms_per_image for bucket, timing in by_bucket.items()},

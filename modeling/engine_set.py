@@ -27,7 +27,8 @@ class _Record(BaseModel):
 
 
 class Candidate(_Record):
-    """An engine to try. `choice` is what `create_engine` takes; `slots` engines of it keep the device busy."""
+    """An engine to try. `choice` is what `create_engine` takes; `slots` engines of it keep the device busy, or eight of
+    its cores."""
 
     name: str
     choice: dict[str, Any]

@@ -18,7 +18,7 @@ from modeling.steady_line import steadily
 BUCKETS = (1, 8, 32)
 # A shorter measurement would be the clock's noise; a longer one makes no median better.
 _MIN_SAMPLE_S = 0.05
-_MIN_ROUNDS = 3
+_MIN_ROUNDS, _MAX_REPEATS = 3, 1000
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def time_engines(
         # The smallest batch tells how often the others must run.
         if not repeats:
             seconds = min((_seconds(beside[:1], batch, 1) for beside in engines.values()), default=1.0) / bucket
-        repeats[bucket] = min(max(buckets), math.ceil(_MIN_SAMPLE_S / max(seconds * bucket, 1e-6)))
+        repeats[bucket] = min(_MAX_REPEATS, math.ceil(_MIN_SAMPLE_S / max(seconds * bucket, 1e-6)))
     progress = steadily(say, "timing: rounds", rounds)
     started = time.monotonic()
     for number in range(rounds):

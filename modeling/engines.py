@@ -119,8 +119,12 @@ def _started(bundle: Bundle, choice: Mapping[str, Any], batches: Sequence[int]) 
     buckets = choice.get("buckets", {"": choice})
     limit = max(inner.get("max_delta_p") or 0.0 for inner in buckets.values())
     for batch in batches:
-        engine.warm_up(batch)
-        found = measure_parity(engine, bundle.parity(), [batch]).probability
+        try:
+            engine.warm_up(batch)
+            found = measure_parity(engine, bundle.parity(), [batch]).probability
+        except (ValueError, RuntimeError) as error:  # not finite, or refused by the device
+            detail = " ".join(str(error).split())
+            raise EngineUnavailableError(f"engine {engine.name}: it does not run on this machine: {detail}") from error
         # Another processor or driver adds in another order; twice as far and more is another function.
         if not found <= max(2 * limit, _FLOAT32_DELTA_P):
             raise EngineUnavailableError(

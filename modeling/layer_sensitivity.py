@@ -51,7 +51,7 @@ def last_layers(model: Any, op_types: Sequence[str]) -> list[str]:
 def most_sensitive(
     model: Any, layers: Sequence[str], share: float, disturbance: Callable[[list[str]], float]
 ) -> list[str]:
-    """The blocks of layers that disturb the answer most, until they hold `share` of all layers.
+    """The blocks of layers that disturb the answer most, until they hold `share` of all layers; none of one block only.
 
     Args:
         layers: names of the nodes that may be quantised.
@@ -61,8 +61,10 @@ def most_sensitive(
     depths = {name: depth for name, depth in layer_depths(model, sorted(op_types)).items() if name in layers}
     blocks = depth_blocks(depths)
     chosen: list[str] = []
-    if share >= 1 or len(blocks) == 1:
+    if share >= 1:
         return list(depths)
+    if len(blocks) == 1:
+        return []
     for block in sorted(blocks, key=disturbance, reverse=True):
         if len(chosen) >= share * len(depths):
             break

@@ -151,7 +151,11 @@ def _short_of_memory(text: str) -> bool:
 
 def _use_timings(config: Any, file: Path) -> None:
     """Starts the build from the timings in a file; from none where it is missing, damaged or of another device."""
-    known = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    try:
+        data = file.read_bytes()
+    except OSError:  # none yet, or a folder that nobody may read
+        data = b""
+    known = config.create_timing_cache(data)
     if known is None or not config.set_timing_cache(known, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
@@ -159,8 +163,12 @@ def _use_timings(config: Any, file: Path) -> None:
 def _keep_timings(config: Any, file: Path) -> None:
     timings = config.get_timing_cache()
     data = None if timings is None else timings.serialize()
-    if data is not None and len(bytes(data)):
+    if data is None or not len(bytes(data)):
+        return
+    try:
         _write(file, bytes(data))
+    except OSError as error:
+        logger.warning("TensorRT's timings cannot be kept: %s", error)
 
 
 def _target(trt: Any, config: Any, compute_capability: str) -> None:
@@ -208,17 +216,16 @@ def cached_plan(folder: Path, key: EngineKey, build: Callable[[], bytes], accept
     Args:
         accept: whether the runtime takes the plan; one that it refuses is built again once.
     """
-    file = folder / f"{key.digest}.plan"
+    file, plan = folder / f"{key.digest}.plan", None
     try:
         with _locked(folder / f"{key.digest}.lock"):
             plan = _read(file, key)
             if plan is None or not accept(plan):
                 plan = build()
                 _keep(file, key, plan)
-        return plan
     except OSError as error:
         logger.warning("TensorRT's cache %s cannot be used: %s", folder, error)
-        return build()
+    return build() if plan is None else plan
 
 
 def _keep(file: Path, key: EngineKey, plan: bytes) -> None:

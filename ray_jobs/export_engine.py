@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from modeling.engine_candidates import (
     GPU_ENGINES,
     candidates_for,
     float16_has_use,
+    int8_has_use,
     unavailable_engines,
 )
 from modeling.engine_parity import Lesions, ParityLimits
@@ -40,13 +42,15 @@ from modeling.registry import ModelVersion, Registry, find_model
 from ray_jobs.job import JobConfig, Location, run_job, say
 
 BETTER_INT8 = "int8-better"
+# Networks of earlier engine sets stay so long: a running service may still start replicas with them.
+KEPT_DAYS = 30
 
 
 class ExportEngineConfig(JobConfig):
     model: str = Field("candidate", description="alias, version, or path of a bundle")
     dataset: Location | None = Field(None, description="the data set; without it float32 engines only are tried")
     lesions: int = Field(
-        1500, ge=2, description="at most so many of the gate split are compared on, malignant ones first"
+        1500, ge=2, description="at most so many of the gate split are compared on, half of them malignant if there are"
     )
     rounds: int = Field(7, ge=1, le=1000, description="alternating timing rounds; the median counts")
     enough_s: float = Field(
@@ -66,8 +70,10 @@ class ExportEngineConfig(JobConfig):
     model_name: str = "dermray"
 
 
-def gate_lesions(version: DatasetVersion, bundle: Bundle, number: int, seed: int) -> Lesions:
-    """Lesions of the gate split as the bundle's network reads them.
+def gate_lesions(
+    version: DatasetVersion, bundle: Bundle, number: int, seed: int, input_size: int | None = None
+) -> Lesions:
+    """Lesions of the gate split as the bundle's network reads them, or a network of another `input_size`.
 
     Raises:
         ValueError: not the data set that the bundle was trained on, or one without pictures or a gate split.
@@ -84,11 +90,11 @@ def gate_lesions(version: DatasetVersion, bundle: Bundle, number: int, seed: int
     malignant = version.task.malignant_mask[version.lesions["label"].to_numpy(np.int64)[gate]]
     # Where one lesion in a thousand is malignant, a random sample would hold one or two. Neither AUC nor sensitivity
     # depends on how many benign ones stand beside them.
-    cancers = drawn(gate[malignant], number // 2, seed)
+    cancers = drawn(gate[malignant], max(number // 2, number - int((~malignant).sum())), seed)
     positions = np.sort(np.concatenate([cancers, drawn(gate[~malignant], number - len(cancers), seed)]))
     rows = version.lesions.iloc[positions]
     return Lesions(
-        images=read_pictures(version, positions, bundle.manifest.input_size),
+        images=read_pictures(version, positions, input_size or bundle.manifest.input_size),
         malignant=version.task.malignant_mask[rows["label"].to_numpy(np.int64)],
         groups=rows["group"].to_numpy(str),
     )
@@ -103,19 +109,32 @@ class NetworkWriter:
 
     def __init__(self, bundle: Bundle, version: DatasetVersion, folder: Path, seed: int):
         self.folder, self.not_made = folder, []
+        self._before = set(folder.glob("*.onnx"))
         self._bundle, self._version, self._seed = bundle, version, seed
         folder.mkdir(parents=True, exist_ok=True)
+
+    def clear(self, in_use: set[str]) -> None:
+        """Deletes networks that no engine set needs: those made here that were refused, and those of sets so old that
+        no service starts replicas with them any more."""
+        long_ago = time.time() - KEPT_DAYS * 86400
+        for file in self.folder.glob("*.onnx"):
+            if str(file) not in in_use and (file not in self._before or file.stat().st_mtime < long_ago):
+                file.unlink()
 
     def float16(self) -> list[Candidate]:
         """Candidates that compute in float16; none where the network cannot be converted."""
         return self._candidates("fp16", "fp16", lambda path: write_float16(self._bundle.onnx_path, path))
 
-    def int8(self, recipe: Int8Recipe, name: str = "int8") -> list[Candidate]:
+    def int8(
+        self, recipe: Int8Recipe, name: str = "int8", engines: tuple[str, ...] = CPU_ENGINES + GPU_ENGINES
+    ) -> list[Candidate]:
         """Candidates with an int8 network, for this processor and for TensorRT; none where it cannot be made."""
-        found = self._int8(recipe, name, cpu_activations(), CPU_ENGINES)
-        if "tensorrt" not in unavailable_engines():
-            found += self._int8(recipe, name, "int8", GPU_ENGINES)
-        return found
+        kinds = {cpu_activations(): CPU_ENGINES, "int8": GPU_ENGINES}
+        chosen = {kind: tuple(e for e in names if e in engines) for kind, names in kinds.items()}
+        useful = {kind: names for kind, names in chosen.items() if int8_has_use(names)}
+        if not useful:
+            say(f"{name}: no engine here has int8 arithmetic: not tried")
+        return [found for kind, names in useful.items() for found in self._int8(recipe, name, kind, names)]
 
     def _int8(
         self, recipe: Int8Recipe, name: str, activations: Activations, engines: tuple[str, ...]
@@ -170,7 +189,7 @@ def _candidates(
         if config.better_int8 is None:
             return []
         engines = {(candidate.choice["engine"], repr(candidate.choice["options"])) for candidate in refused}
-        again = writer.int8(config.better_int8, BETTER_INT8)
+        again = writer.int8(config.better_int8, BETTER_INT8, tuple(engine for engine, _ in engines))
         return [c for c in again if (c.choice["engine"], repr(c.choice["options"])) in engines]
 
     return found, better_try
@@ -186,7 +205,7 @@ def write_table(engine_set: EngineSet, path: Path) -> None:
 
 
 def _publish(
-    config: ExportEngineConfig, found: ModelVersion, engine_set: EngineSet, folder: Path
+    config: ExportEngineConfig, found: ModelVersion, engine_set: EngineSet, folder: Path, writer: NetworkWriter | None
 ) -> tuple[EngineSet, Path]:
     """Keeps the set with its table and, in MLflow, also the chosen networks, where every replica can fetch them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,10 +222,8 @@ def _publish(
     if registry is not None:
         registry.log_artifact_file(found, path, "engine_sets")
         registry.log_artifact_file(found, table, place)
-    # A running service may still start replicas with the networks of the set before this one.
-    for file in folder.glob("*.onnx"):
-        if str(file) not in local | earlier:
-            file.unlink()
+    if writer is not None:
+        writer.clear(local | earlier)
     return engine_set, path
 
 
@@ -244,7 +261,7 @@ def run(config: ExportEngineConfig) -> dict[str, Any]:
         say=say,
         enough_s=config.enough_s,
     )
-    engine_set, path = _publish(config, found, engine_set, folder)
+    engine_set, path = _publish(config, found, engine_set, folder, writer)
     for report in engine_set.candidates:
         timings = ", ".join(f"{ms:.2f} at {bucket}" for bucket, ms in report.ms_per_image.items())
         say(f"{report.candidate.name}: {timings + ' (ms per image at batch size)' if timings else report.reason}")

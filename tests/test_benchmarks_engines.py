@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks import engines
+from benchmarks.student import OwnPictures
 from modeling.engine_candidates import candidates_for
 from modeling.engine_selection import measure_candidates
 from modeling.engine_set import Candidate
+from modeling.engines import create_engine
 from tests.tiny_bundle import SIZE, tiny_bundle
 
 ONE = [1]
@@ -39,6 +41,13 @@ class Tiny(nn.Module):
         return cam.mean(dim=(2, 3)), features.mean(dim=(2, 3)), cam
 
 
+def one_student(run, version, bundle, folder):
+    facts = {"precision": "int8", "max_delta_p": None, "delta_auc": -0.01, "delta_pauc": -0.002, "verdict": "another"}
+    return {"openvino-1-int8": [OwnPictures(create_engine(bundle), bundle.parity()["images"])]}, {
+        "openvino-1-int8": facts
+    }
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
@@ -50,8 +59,7 @@ def result(tmp_path_factory):
         dataset="",
         bundle=bundle.directory,
         engine_set=engine_set,
-        student=bundle.directory,
-        student_set=engine_set,
+        student=folder,
         compile=False,
         batches=[1, 8],
         rounds=1,
@@ -60,7 +68,9 @@ def result(tmp_path_factory):
         patch.setattr(engines, "torch_scorer", lambda run, dataset, bundle: Tiny().eval())
         patch.setattr("benchmarks.engines._COPY_FLOATS", 2**16)
         patch.setattr("benchmarks.engines._MATMUL_SIDE", 64)
-        return json.loads(json.dumps(engines.measure(arguments)))
+        patch.setattr(engines, "open_dataset", lambda dataset: None)
+        patch.setattr(engines, "student_engines", one_student)
+        return json.loads(json.dumps(engines.measure(arguments, folder)))
 
 
 def test_the_result_has_the_agreed_keys(result):
@@ -69,7 +79,7 @@ def test_the_result_has_the_agreed_keys(result):
         assert {"candidate", "precision", "batch", "ms_per_image", "delta_pauc", "verdict"} <= set(row)
     names = {row["candidate"] for row in result["rows"]}
     assert {"torch-eager-1", "torch-eager-2", "onnxruntime-cpu-1", "abacus"} <= names
-    assert any(name.startswith("student ") for name in names)
+    assert "student openvino-1-int8" in names
 
 
 def test_speedups_are_the_chosen_engines_rate_over_the_best_of_torch_eager(result):

@@ -51,13 +51,26 @@ class Meeting:
     def run(self, images, with_cam=False):
         if threading.current_thread() is not threading.main_thread():
             self.meeting.wait(timeout=60)
+            self.met = True
 
 
 def test_engines_that_share_a_device_are_timed_at_once():
     """Two that never ran at the same moment would wait in vain."""
     meeting = threading.Barrier(2)
-    timing = time_engines({"pair": [Meeting(meeting), Meeting(meeting)]}, IMAGES, buckets=(1,), rounds=1)["pair"][1]
-    assert timing.images_per_second > 0 and timing.ms_per_image > 0
+    pair = [Meeting(meeting), Meeting(meeting)]
+    timing = time_engines({"pair": pair}, IMAGES, buckets=(1,), rounds=1)["pair"][1]
+    assert timing.images_per_second > 0 and timing.ms_per_image > 0 and all(engine.met for engine in pair)
+
+
+@pytest.mark.parametrize(("enough_s", "expected"), [(0.0, 3), (5.0, 6), (1e9, 7)])
+def test_no_round_starts_when_enough_time_was_spent_beyond_three(monkeypatch, enough_s, expected):
+    """Rounds of a second: after five of them a sixth starts, since five are not more than five."""
+    clock, order = [0.0], []
+    monkeypatch.setattr("modeling.engine_timing.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("modeling.engine_timing.time.monotonic", lambda: clock[0])
+    engines = {"a": [Timed("a", [1.0] * 20, clock, order)]}
+    time_engines(engines, IMAGES, buckets=(8,), rounds=7, enough_s=enough_s)
+    assert len(order) == 1 + expected
 
 
 def test_the_rate_of_a_device_is_that_of_all_engines_on_it(monkeypatch):

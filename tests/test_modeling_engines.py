@@ -214,6 +214,14 @@ def test_a_host_that_computes_another_function_with_the_choice_runs_the_default(
     assert start_engine(bundle, {"buckets": {"1": near, "4": near}}, [1, 4])[1] is None
 
 
+def test_a_host_whose_engine_overflows_runs_the_default(bundle, tmp_path):
+    """As float16 may on another GPU."""
+    write_onnx(tmp_path / "new.onnx", bias=float("inf"))
+    network = keep_network(tmp_path / "new.onnx", tmp_path, "fp16").model_dump()
+    engine, why = start_engine(bundle, {"engine": "onnxruntime", "network": network, "max_delta_p": 0.5})
+    assert engine.name == "onnxruntime-cpu-1" and "logits holds values that are not finite" in why
+
+
 def test_a_bundle_whose_network_is_not_torchs_is_not_served(tmp_path):
     wrong = tiny_bundle(tmp_path / "wrong", onnx_bias=0.5)
     with pytest.raises(ValueError, match="off torch's"):

@@ -162,14 +162,15 @@ def test_the_ranges_come_from_the_pictures(source, tmp_path):
     assert error(dark) < 0.1 and error(pictures(8)) > 0.5
 
 
-def test_a_percentile_cuts_what_is_rare(source, tmp_path):
+@pytest.mark.parametrize("activations", ["int8", "uint8", "uint7"])
+def test_a_percentile_cuts_what_is_rare(source, tmp_path, activations):
     """One white picture among dark ones sets the scale of the extremes, not that of the 99th percentile."""
     mixed = pictures(256) // 8
     mixed[0] = 255
     scales = {}
     for calibration in ("minmax", "percentile"):
         recipe = Int8Recipe(calibration=calibration, percentile=99)
-        write_int8(source, tmp_path / f"{calibration}.onnx", mixed, recipe, "int8")
+        write_int8(source, tmp_path / f"{calibration}.onnx", mixed, recipe, activations)
         model = onnx.load(tmp_path / f"{calibration}.onnx")
         values = values_of(model)
         scales[calibration] = max(
