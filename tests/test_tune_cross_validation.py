@@ -141,9 +141,15 @@ def test_a_killed_search_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, ray_
     whole = Driver(tmp_path, ray_cluster, dataset, "whole")
     (whole.calls / "go").touch()
     beside = whole.start()
+    deadline = time.monotonic() + 900
+    # Ray Tune stages the states of two searches that start on one host in one second in one folder, and copies all of
+    # it to both.
+    while not list(whole.calls.glob("1_0_*")):
+        assert beside.poll() is None, (tmp_path / "whole.log").read_text()[-6000:]
+        assert time.monotonic() < deadline, "trial 1 of the search beside it never began"
+        time.sleep(0.05)
     driver = Driver(tmp_path, ray_cluster, dataset, "night")
     process = driver.start()
-    deadline = time.monotonic() + 900
     while not (driver.calls / "2_1_0").exists():
         assert process.poll() is None, (tmp_path / "night.log").read_text()[-6000:]
         assert time.monotonic() < deadline, "trial 2 never began its second fold"
