@@ -51,7 +51,7 @@ endef
 test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
 	$(call run_pytest,-m 'not slow')
 
-test-all: $(TENSORRT)  ## the slow tests: a killed train worker, the whole demo (half an hour at most)
+test-all: $(TENSORRT)  ## the slow tests: a killed train worker, the whole demo, TensorRT builds (half an hour)
 	$(call run_pytest,-m slow)
 
 # 100 MB that only these tests need: TensorRT-RTX's builder works without a GPU.
