@@ -16,6 +16,7 @@ import numpy as np
 from modeling.metadata_record import clean_record
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
 from modeling.schema import TaskSpec
+from serve.access import ANONYMOUS
 from serve.errors import ApiError, invalid_field
 from serve.settings import UploadLimits
 from serve.upload import check_upload
@@ -162,9 +163,13 @@ def keyed_id(caller: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class LesionRequest:
-    """One picture with what was said of it, fields already checked; `metadata` None when none was given."""
+    """One picture with what was said of it, fields already checked; `metadata` None when none was given.
+
+    `caller`: who sent it; idempotency keys are the caller's own.
+    """
 
     image: bytes
     metadata: Mapping[str, float | str | None] | None = None
     origin: Origin = Origin()
     idempotency_key: str | None = None
+    caller: str = ANONYMOUS.name

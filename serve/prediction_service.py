@@ -25,7 +25,6 @@ from serve.stage_clock import StageClock
 
 logger = logging.getLogger("ray.serve")
 
-CALLER = "anonymous"
 # While a new model is rolled out, the nodes hold different ones for a moment. A replica that is itself being replaced
 # never gets the new one: its requests end in time for their clients to come back to its successor.
 _ROLLOUT_POLL_S = 0.1
@@ -170,7 +169,8 @@ class PredictionService:
         keys = {index: key for index in images if (key := _request(requests[index]).idempotency_key) is not None}
         if not keys:
             return
-        found = await self._log.find(CALLER, list(keys.values()))
+        # The requests of one call are one caller's.
+        found = await self._log.find(_request(requests[next(iter(keys))]).caller, list(keys.values()))
         for index, record in zip(keys, found, strict=True):
             if record is not None:
                 outcomes[index] = self._same_or_conflict(_request(requests[index]), images[index], record, None)
@@ -203,11 +203,11 @@ class PredictionService:
         risk, origin, key = fused.risks[row], request.origin, request.idempotency_key
         reasons = self._reasons_to_abstain(image, model, scores)
         return PredictionRecord(
-            id=uuid.uuid4().hex if key is None else keyed_id(CALLER, key),
+            id=uuid.uuid4().hex if key is None else keyed_id(request.caller, key),
             idempotency_key=key,
             received_at=clock.received_at,
             acquired_at=origin.acquired_at,
-            caller=CALLER,
+            caller=request.caller,
             patient_hmac=None if origin.patient_id is None else patient_hmac(origin.patient_id, self._patient_key),
             institution=origin.institution,
             device=origin.device,

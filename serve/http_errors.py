@@ -1,0 +1,50 @@
+"""Every answer that is not a success as {error, detail}: our own errors, FastAPI's and the unforeseen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serve.api import Problem
+from serve.errors import ApiError, invalid_field
+
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+def problem_response(error: ApiError) -> JSONResponse:
+    """The answer that an `ApiError` stands for."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(Problem.of(error).model_dump(), error.status, headers)
+
+
+def _validation_problem(error: RequestValidationError) -> ApiError:
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"][1:]) or "body"
+        parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
+    return invalid_field("; ".join(parts))
+
+
+def _http_problem(error: HTTPException) -> ApiError:
+    return ApiError(error.status_code, _CODES.get(error.status_code, "http_error"), str(error.detail))
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    """One error shape for the whole application."""
+    api.add_exception_handler(ApiError, lambda _, error: problem_response(error))
+    api.add_exception_handler(RequestValidationError, lambda _, error: problem_response(_validation_problem(error)))
+    api.add_exception_handler(HTTPException, lambda _, error: problem_response(_http_problem(error)))
+    # Its text may quote a patient's data; the log has it.
+    internal = ApiError(500, "internal_error", "the service failed on this request; its log says why")
+    api.add_exception_handler(Exception, lambda *_: problem_response(internal))
+
+
+async def check_form_fields(request: Request, known: Sequence[str]) -> None:
+    """Refuses fields that no one reads: a misspelt `metadata` would silently change what the model sees."""
+    for name in await request.form():
+        if name not in known:
+            raise invalid_field(f"{name[:60]}: unknown form field; expected one of {', '.join(known)}")
