@@ -12,6 +12,8 @@ import numpy as np
 cv2.setNumThreads(1)
 
 MIN_PIXELS_PER_SIDE = 8
+# Side of the picture that quality figures are computed on.
+QUALITY_PIXELS = 128
 
 
 class UndecodableImageError(ValueError):
@@ -54,14 +56,17 @@ def load_image(data: bytes, size: int) -> np.ndarray:
     return resize(decode_image(data), size)
 
 
-def image_quality(image: np.ndarray) -> dict[str, float]:
+def image_quality(image: np.ndarray, small: np.ndarray | None = None) -> dict[str, float]:
     """Simple quality figures of a uint8 RGB picture, comparable across picture sizes.
+
+    Args:
+        small: `resize(image, 128)`, for callers that have it: two thirds of the work.
 
     Returns:
         brightness: mean luma, 0-1; blur: log10 variance of the Laplacian at 128 x 128 (low = blurred);
         red, green, blue: channel means, 0-1; contrast: standard deviation of luma, 0-1.
     """
-    small = resize(image, 128)
+    small = resize(image, QUALITY_PIXELS) if small is None or small.shape[0] != QUALITY_PIXELS else small
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     red, green, blue = (float(value) / 255.0 for value in cv2.mean(small)[:3])
     sharpness = float(cv2.Laplacian(luma, cv2.CV_32F).var())

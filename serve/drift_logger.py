@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
-from serve.group_commit import GroupCommit
 from serve.settings import StorageSettings
+from serve.shared_calls import SharedCalls
 from store.database import StoreUnavailableError
 
 logger = logging.getLogger("ray.serve")
@@ -94,7 +94,7 @@ class DriftLogger:
     def __init__(self, storage: dict[str, Any]):
         self._logic = DriftLoggerLogic(open_log(StorageSettings.model_validate(storage)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._commits = GroupCommit(self._commit, size=lambda entry: entry.num_bytes)
+        self._commits = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
 
     async def _commit(self, entries: list[LogEntry]) -> list[Ack | Exception]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.commit, entries)

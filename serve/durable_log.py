@@ -11,8 +11,8 @@ from typing import Protocol
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
 from serve.drift_logger import Ack, LogEntry
-from serve.group_commit import GroupCommit
 from serve.settings import DriftLoggerSettings
+from serve.shared_calls import SharedCalls
 
 # Serve's logger writes the replica's log file; in throughput mode it holds back what is below ERROR.
 logger = logging.getLogger("ray.serve")
@@ -44,7 +44,7 @@ class DurableLog:
         self._sidecar = sidecar
         self._log = log
         self._settings = settings
-        self._commits: GroupCommit[LogEntry, Ack] = GroupCommit(self._commit, size=lambda entry: entry.num_bytes)
+        self._commits: SharedCalls[LogEntry, Ack] = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
         self._replay_task: asyncio.Task[None] | None = None
         self.spooling = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,11 +73,26 @@ class ImageScorerLogic:
         return {"digest": self.digest, "engine": self.engine.name, "engine_fallback": self.engine_fallback}
 
 
-class ImageScorer:
-    """Deployment around `ImageScorerLogic`.
+def _num_images(calls: list[ScoreCall]) -> int:
+    return sum(len(call.images) for call in calls)
 
-    A request whose pictures do not fit the loaded model's input gets None: the caller sees another model's digest, or
-    none, while a new model is rolled out, and asks again.
+
+@dataclass(frozen=True)
+class ScoreCall:
+    """Pictures of one or several requests, uint8 (N, S, S, 3), and when the last of their callers gives up.
+
+    `deadline`: `time.monotonic()` of this process.
+    """
+
+    images: np.ndarray
+    deadline: float
+
+
+class ImageScorer:
+    """Deployment around `ImageScorerLogic`. Calls of several ingress replicas that arrive together run as one batch.
+
+    A call whose pictures do not fit the loaded model's input gets None: the caller sees another model's digest, or
+    none, while a new model is rolled out, and asks again. So does one whose callers gave up while it waited.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -84,8 +100,8 @@ class ImageScorer:
         self._logic: ImageScorerLogic | None = None
         # One thread: the engine's own threads fill the replica's CPUs, and the event loop stays free meanwhile.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.score_one.set_max_batch_size(self._settings.max_batch_size)
-        self.score_one.set_batch_wait_timeout_s(self._settings.batch_wait_timeout_s)
+        self._run.set_max_batch_size(self._settings.max_batch_size)
+        self._run.set_batch_wait_timeout_s(self._settings.batch_wait_timeout_s)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads and warms the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
@@ -93,33 +109,34 @@ class ImageScorer:
         load = asyncio.get_running_loop().run_in_executor
         self._logic = await load(None, ImageScorerLogic, model, self._settings.max_batch_size)
 
-    def _fits(self, images: np.ndarray) -> bool:
-        size = self._loaded().input_size
-        return images.shape[1:] == (size, size, 3)
-
     def _loaded(self) -> ImageScorerLogic:
         assert self._logic is not None, "Serve calls reconfigure before the first request"
         return self._logic
 
-    @serve.batch
-    async def score_one(self, images: list[np.ndarray]) -> Sequence[ImageScores | None]:
-        """One picture a request, uint8 (1, S, S, 3); requests that arrive together run as one batch."""
-        logic = self._loaded()
-        fitting = [index for index, image in enumerate(images) if self._fits(image)]
-        answers: list[ImageScores | None] = [None] * len(images)
-        if fitting:
-            batch = np.concatenate([images[index] for index in fitting])
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, batch)
-            for row, index in enumerate(fitting):
-                answers[index] = scores[row : row + 1]
-        return answers
+    async def score(self, images: np.ndarray, time_left_s: float) -> ImageScores | None:
+        """Scores uint8 (N, S, S, 3), N <= `max_batch_size`, unless `time_left_s` is over before its turn."""
+        # Time that is left, not a time of day: the clocks of two nodes differ.
+        return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
 
-    async def score_many(self, images: np.ndarray) -> ImageScores | None:
-        """A request's own batch, uint8 (N, S, S, 3)."""
-        logic = self._loaded()
-        if not self._fits(images):
-            return None
-        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, images)
+    @serve.batch(batch_size_fn=_num_images)
+    async def _run(self, calls: list[ScoreCall]) -> Sequence[ImageScores | None]:
+        logic, now = self._loaded(), time.monotonic()
+        size = logic.input_size
+        todo = [
+            index
+            for index, call in enumerate(calls)
+            if call.images.shape[1:] == (size, size, 3) and call.deadline > now
+        ]
+        answers: list[ImageScores | None] = [None] * len(calls)
+        if todo:
+            batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, batch)
+            start = 0
+            for index in todo:
+                end = start + len(calls[index].images)
+                answers[index] = scores[start:end]
+                start = end
+        return answers
 
     async def describe(self) -> dict[str, Any]:
         return self._loaded().describe()

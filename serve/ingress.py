@@ -80,12 +80,13 @@ class Ingress:
         config = ServeSettings.model_validate(settings)
         self._log = DurableLog(SidecarNode(drift_logger), open_log(config.storage), config.drift_logger)
         self.service = PredictionService(
-            ScorerNode(scorer, config.ingress.retry_after_s),
+            ScorerNode(scorer, config.scorer, config.ingress.retry_after_s),
             FusionNode(fusion, config.ingress.retry_after_s),
             self._log,
             config.limits,
             config.ingress,
             Path(config.storage.patient_key_file).read_bytes(),
+            config.scorer.max_batch_size,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -72,7 +72,16 @@ def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage
         raise ApiError(422, "undecodable_image", f"image: {error}") from error
     except ValueError as error:
         raise ApiError(422, "undecodable_image", f"image: {str(error).removeprefix('image: ')}") from error
-    return PreparedImage(resize(image, input_size), image_quality(image), stored)
+    pixels = resize(image, input_size)
+    return PreparedImage(pixels, image_quality(image, pixels), stored)
+
+
+def prepare_or_error(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage | ApiError:
+    """As `prepare`; the error is returned: one bad picture of a batch is its own business."""
+    try:
+        return prepare(data, input_size, limits)
+    except ApiError as error:
+        return error
 
 
 def _refuse_constant(name: str) -> Any:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, unavailable
 from serve.image_scorer import ImageScores
-from serve.lesion import LesionRequest, PreparedImage, keyed_id, prepare
-from serve.metadata_fusion import FusedRisks
+from serve.lesion import LesionRequest, PreparedImage, keyed_id, prepare_or_error
+from serve.metadata_fusion import FusedRisk, FusedRisks
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings, UploadLimits
 from serve.stage_clock import StageClock
@@ -29,13 +30,17 @@ logger = logging.getLogger("ray.serve")
 # never gets the new one: its requests end in time for their clients to come back to its successor.
 _ROLLOUT_POLL_S = 0.1
 _ROLLOUT_TIMEOUT_S = 5.0
+# Pictures of one request that are scored together: enough for the network's best rate, few enough to overlap.
+_PART_IMAGES = 16
+# A tile of 10 KB is decoded in less time than a thread takes to get going beside the event loop.
+_SMALL_BYTES = 32 * 2**10
 
 Outcome = tuple[PredictionRecord, dict[str, float]] | ApiError
 """A lesion's stored record and its stage timings (ms), or why it has none."""
 
 
 class Scorer(Protocol):
-    async def score(self, images: np.ndarray) -> ImageScores | None: ...
+    async def score(self, images: np.ndarray, deadline: float) -> ImageScores | None: ...
 
     async def describe(self) -> dict[str, Any]: ...
 
@@ -46,8 +51,33 @@ class Fusion(Protocol):
     async def describe(self) -> dict[str, Any]: ...
 
 
+Result = TypeVar("Result")
+
+
+async def gather_or_cancel(work: Sequence[Awaitable[Result]]) -> list[Result]:
+    """As `asyncio.gather`, but what is still under way when one fails, or the caller is cancelled, is cancelled too."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class _ModelsDifferError(Exception):
     """The nodes answered with different bundles: a new one is being rolled out."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One lesion of a request on its way to the log; `index` is its place in the request, `scores` its own row."""
+
+    index: int
+    image: PreparedImage
+    scores: ImageScores
+    risk: FusedRisk
 
 
 class PredictionService:
@@ -57,6 +87,7 @@ class PredictionService:
         scorer, fusion: the other nodes.
         log: returns once records are on disk.
         patient_key: secret behind patient pseudonyms.
+        max_batch_size: pictures that one call of the scorer takes.
     """
 
     def __init__(
@@ -67,6 +98,7 @@ class PredictionService:
         limits: UploadLimits,
         settings: IngressSettings,
         patient_key: bytes,
+        max_batch_size: int = _PART_IMAGES,
     ):
         self.limits = limits
         self.settings = settings
@@ -74,6 +106,7 @@ class PredictionService:
         self._fusion = fusion
         self._log = log
         self._patient_key = patient_key
+        self._part_images = min(_PART_IMAGES, max_batch_size)
         self._model: ServedModel | None = None
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
 
@@ -95,12 +128,13 @@ class PredictionService:
         Raises:
             ApiError: 503 when a node does not answer in time, or the records are on no disk.
         """
+        deadline = time.monotonic() + self.settings.request_timeout_s
         give_up = time.monotonic() + _ROLLOUT_TIMEOUT_S
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 while True:
                     try:
-                        return await self._attempt(requests, self.model)
+                        return await self._attempt(requests, self.model, deadline)
                     except _ModelsDifferError as error:
                         if time.monotonic() > give_up:
                             raise self.unavailable("a new model is being rolled out") from error
@@ -108,72 +142,83 @@ class PredictionService:
         except TimeoutError as error:
             raise self.unavailable(f"no answer within {self.settings.request_timeout_s:g} s") from error
 
-    async def _attempt(self, requests: Sequence[LesionRequest | ApiError], model: ServedModel) -> list[Outcome]:
+    async def _attempt(
+        self, requests: Sequence[LesionRequest | ApiError], model: ServedModel, deadline: float
+    ) -> list[Outcome]:
         clock = StageClock()
-        outcomes: dict[int, Outcome] = {}
-        images = await self._prepare_all(requests, model, outcomes)
-        clock.lap("decode")
-        await self._answer_known(requests, images, outcomes)
-        todo = [index for index in images if index not in outcomes]
-        if todo:
-            clock.restart_lap()
-            pixels = np.stack([images[index].pixels for index in todo])
-            scores = await self._scorer.score(pixels)
-            clock.lap("score")
-            if scores is None or scores.digest != model.digest:
-                raise _ModelsDifferError
-            metadata = [_request(requests[index]).metadata for index in todo]
-            fused = await self._fusion.fuse(scores.log_probabilities, metadata)
-            clock.lap("fuse")
-            if fused.digest != model.digest:
-                raise _ModelsDifferError
-            records = [
-                self._record(_request(requests[index]), images[index], model, scores[row : row + 1], fused, row, clock)
-                for row, index in enumerate(todo)
-            ]
-            entry = LogEntry(tuple(records), {images[index].stored.hash: images[index].stored.data for index in todo})
+        outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(requests) if isinstance(item, ApiError)}
+        todo = {i: item for i, item in enumerate(requests) if isinstance(item, LesionRequest)}
+        known = await self._find_known(todo, clock)
+        # Parts, so that the network already runs while the next pictures are decoded.
+        size, order = self._part_images, list(todo)
+        parts = [{i: todo[i] for i in order[start : start + size]} for start in range(0, len(order), size)]
+        work = [self._score_part(part, known, outcomes, model, deadline, clock) for part in parts]
+        scored = [answer for part in (await gather_or_cancel(work)) for answer in part]
+        if scored:
+            records = [self._record(todo[lesion.index], lesion, model, clock) for lesion in scored]
+            entry = LogEntry(tuple(records), {lesion.image.stored.hash: lesion.image.stored.data for lesion in scored})
             stored = await self._write(entry)
-            clock.lap("log")
-            for index, record in zip(todo, stored, strict=True):
-                outcomes[index] = self._same_or_conflict(_request(requests[index]), images[index], record, clock)
+            clock.end("log")
+            for lesion, record in zip(scored, stored, strict=True):
+                outcomes[lesion.index] = self._same_or_conflict(todo[lesion.index], lesion.image, record, clock)
         return [outcomes[index] for index in range(len(requests))]
 
-    async def _prepare_all(
-        self, requests: Sequence[LesionRequest | ApiError], model: ServedModel, outcomes: dict[int, Outcome]
-    ) -> dict[int, PreparedImage]:
-        loop = asyncio.get_running_loop()
-        jobs = {}
-        for index, request in enumerate(requests):
-            if isinstance(request, ApiError):
-                outcomes[index] = request
-            else:
-                jobs[index] = loop.run_in_executor(self._threads, prepare, request.image, model.input_size, self.limits)
-        results = await asyncio.gather(*jobs.values(), return_exceptions=True)
-        images = {}
-        for index, result in zip(jobs, results, strict=True):
+    async def _find_known(
+        self, requests: Mapping[int, LesionRequest], clock: StageClock
+    ) -> dict[int, PredictionRecord | None]:
+        """What is stored already under the requests' idempotency keys."""
+        keys = {index: request.idempotency_key for index, request in requests.items() if request.idempotency_key}
+        if not keys:
+            return {}
+        # The requests of one call are one caller's.
+        found = await self._log.find(requests[next(iter(keys))].caller, list(keys.values()))
+        clock.end("lookup")
+        return dict(zip(keys, found, strict=True))
+
+    async def _score_part(
+        self,
+        part: Mapping[int, LesionRequest],
+        known: Mapping[int, PredictionRecord | None],
+        outcomes: dict[int, Outcome],
+        model: ServedModel,
+        deadline: float,
+        clock: StageClock,
+    ) -> list[_Scored]:
+        """Decodes, scores and fuses some of a request's lesions; those with an outcome already get it at once."""
+        images: dict[int, PreparedImage] = {}
+        for index, result in zip(part, await self._prepare(list(part.values()), model), strict=True):
             if isinstance(result, ApiError):
                 outcomes[index] = result
-            elif isinstance(result, BaseException):
-                raise result
+            elif (record := known.get(index)) is not None:
+                outcomes[index] = self._same_or_conflict(part[index], result, record, None)
             else:
                 images[index] = result
-        return images
+        clock.end("decode")
+        if not images:
+            return []
+        scores = await self._scorer.score(np.stack([image.pixels for image in images.values()]), deadline)
+        clock.end("score")
+        if scores is None or scores.digest != model.digest:
+            raise _ModelsDifferError
+        fused = await self._fusion.fuse(scores.log_probabilities, [part[index].metadata for index in images])
+        clock.end("fuse")
+        if fused.digest != model.digest:
+            raise _ModelsDifferError
+        return [
+            _Scored(index, image, scores[row : row + 1], fused.risks[row])
+            for row, (index, image) in enumerate(images.items())
+        ]
 
-    async def _answer_known(
-        self,
-        requests: Sequence[LesionRequest | ApiError],
-        images: Mapping[int, PreparedImage],
-        outcomes: dict[int, Outcome],
-    ) -> None:
-        """Answers what is stored already under its idempotency key."""
-        keys = {index: key for index in images if (key := _request(requests[index]).idempotency_key) is not None}
-        if not keys:
-            return
-        # The requests of one call are one caller's.
-        found = await self._log.find(_request(requests[next(iter(keys))]).caller, list(keys.values()))
-        for index, record in zip(keys, found, strict=True):
-            if record is not None:
-                outcomes[index] = self._same_or_conflict(_request(requests[index]), images[index], record, None)
+    async def _prepare(
+        self, requests: Sequence[LesionRequest], model: ServedModel
+    ) -> Sequence[PreparedImage | ApiError]:
+        if len(requests) == 1 and len(requests[0].image) <= _SMALL_BYTES:
+            return [prepare_or_error(requests[0].image, model.input_size, self.limits)]
+        decode = asyncio.get_running_loop().run_in_executor
+        arguments = (model.input_size, self.limits)
+        return await gather_or_cancel(
+            [decode(self._threads, prepare_or_error, request.image, *arguments) for request in requests]
+        )
 
     def _same_or_conflict(
         self, request: LesionRequest, image: PreparedImage, stored: PredictionRecord, clock: StageClock | None
@@ -191,16 +236,10 @@ class PredictionService:
             raise self.unavailable(str(error)) from error
 
     def _record(
-        self,
-        request: LesionRequest,
-        image: PreparedImage,
-        model: ServedModel,
-        scores: ImageScores,
-        fused: FusedRisks,
-        row: int,
-        clock: StageClock,
+        self, request: LesionRequest, lesion: _Scored, model: ServedModel, clock: StageClock
     ) -> PredictionRecord:
-        risk, origin, key = fused.risks[row], request.origin, request.idempotency_key
+        image, scores, risk = lesion.image, lesion.scores, lesion.risk
+        origin, key = request.origin, request.idempotency_key
         reasons = self._reasons_to_abstain(image, model, scores)
         return PredictionRecord(
             id=uuid.uuid4().hex if key is None else keyed_id(request.caller, key),
@@ -282,11 +321,6 @@ class PredictionService:
             "limits": self.limits.model_dump(),
             "notice": model.notice,
         }
-
-
-def _request(item: LesionRequest | ApiError) -> LesionRequest:
-    assert isinstance(item, LesionRequest)
-    return item
 
 
 def _logged_metadata(request: LesionRequest) -> dict[str, Any]:

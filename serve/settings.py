@@ -6,6 +6,7 @@ changes no argument and restarts no replica.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -52,10 +53,17 @@ class ScorerSettings(_Settings):
     max_replicas: int = Field(2, ge=1)
     num_cpus: float = Field(0.5, ge=0)
     num_gpus: float = Field(0.0, ge=0)
-    target_ongoing_requests: float = Field(16, gt=0)
+    target_ongoing_requests: float = Field(
+        2, gt=0, description="calls per replica; each carries the pictures that waited together"
+    )
     max_ongoing_requests: int = Field(128, ge=1)
     max_batch_size: int = Field(32, ge=1)
-    batch_wait_timeout_s: float = Field(0.002, ge=0, description="0 gives batches of one")
+    batch_wait_timeout_s: float = Field(
+        0.0, ge=0, description="ingress replicas already send together what waits; a wait only adds to latency"
+    )
+    patience_s: float = Field(
+        0.02, ge=0, description="how long a picture waits for the call before it to end, to share the next"
+    )
     upscale_delay_s: float = Field(10.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
 
@@ -69,6 +77,14 @@ class ScorerSettings(_Settings):
                 f"{self.max_batch_size}, or no batch is ever full"
             )
         return self
+
+    @property
+    def calls_under_way(self) -> int:
+        """How many calls an ingress replica makes at a time: as many as it takes to scale to `max_replicas`.
+
+        More would split the pictures that wait into smaller calls.
+        """
+        return max(2, math.ceil(self.target_ongoing_requests * self.max_replicas))
 
 
 class FusionSettings(_Settings):

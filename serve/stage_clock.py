@@ -13,19 +13,17 @@ class StageClock:
 
     def __init__(self) -> None:
         self.received_at = time.time_ns() // 1000
-        self._start = self._lap = time.perf_counter()
-        self._stages: dict[str, float] = {}
+        self._start = time.perf_counter()
+        self._ends: dict[str, float] = {}
 
-    def restart_lap(self) -> None:
-        """Leaves the time since the last lap out of every stage."""
-        self._lap = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Ends a stage: the time since the last lap is its own."""
-        now = time.perf_counter()
-        self._stages[stage] = round((now - self._lap) * 1e3, 3)
-        self._lap = now
+    def end(self, stage: str) -> None:
+        """Notes that a stage is over; where parts of a request overlap, the last of them counts."""
+        self._ends[stage] = time.perf_counter()
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds by stage so far, and their `total`, which includes the gaps."""
-        return {**self._stages, "total": round((time.perf_counter() - self._start) * 1e3, 3)}
+        """Milliseconds from the end of one stage to that of the next, in the order in which they ended, and `total`."""
+        stages, last = {}, self._start
+        for stage, end in sorted(self._ends.items(), key=lambda item: item[1]):
+            stages[stage] = round((end - last) * 1e3, 3)
+            last = end
+        return {**stages, "total": round((time.perf_counter() - self._start) * 1e3, 3)}

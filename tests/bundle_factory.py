@@ -83,7 +83,7 @@ class LocalScorer:
     def __init__(self, reference: ModelReference):
         self.logic = ImageScorerLogic(reference, max_batch_size=4)
 
-    async def score(self, images):
+    async def score(self, images, deadline):
         return self.logic.score(images)
 
     async def describe(self):

@@ -281,10 +281,10 @@ def test_when_no_disk_takes_the_record_there_is_no_answer(served, dermray_home):
 
 
 def test_a_node_that_does_not_answer_gives_503(served, monkeypatch):
-    async def hang(images):
+    async def hang(images, deadline):
         await asyncio.Event().wait()
 
-    async def full(images):
+    async def full(images, deadline):
         raise unavailable("the queue is full", 2)
 
     monkeypatch.setattr(served.service._scorer, "score", full)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serve.group_commit import GroupCommit
+from serve.shared_calls import SharedCalls
 
 
 class Slow:
@@ -32,7 +32,7 @@ async def started(*tasks):
 def test_what_arrives_during_a_commit_shares_the_next_one():
     async def scenario():
         commit = Slow()
-        group = GroupCommit(commit, size=lambda item: 1)
+        group = SharedCalls(commit, size=lambda item: 1)
         first = asyncio.create_task(group.submit(0))
         await started(first)
         others = [asyncio.create_task(group.submit(item)) for item in range(1, 6)]
@@ -51,7 +51,7 @@ def test_groups_are_bounded_in_items_and_bytes_but_never_empty():
         commit = Slow()
         for _ in range(10):
             commit.permits.release()
-        group = GroupCommit(commit, size=lambda item: item, max_items=3, max_bytes=10)
+        group = SharedCalls(commit, size=lambda item: item, max_items=3, max_size=10)
         await asyncio.gather(*(group.submit(item) for item in [1, 1, 1, 1, 50, 9, 2]))
         assert commit.groups == [[1, 1, 1], [1], [50], [9], [2]]
 
@@ -61,7 +61,7 @@ def test_groups_are_bounded_in_items_and_bytes_but_never_empty():
 def test_a_caller_that_goes_away_stops_no_one():
     async def scenario():
         commit = Slow()
-        group = GroupCommit(commit, size=lambda item: 1)
+        group = SharedCalls(commit, size=lambda item: 1)
         gone = asyncio.create_task(group.submit("gone"))
         await started(gone)
         waiting = asyncio.create_task(group.submit("waiting"))
@@ -87,7 +87,7 @@ def test_errors_reach_those_they_belong_to_and_the_next_group_goes_on():
         return [ValueError(item) if item == "bad" else item for item in items]
 
     async def scenario():
-        group = GroupCommit(commit, size=lambda item: 1)
+        group = SharedCalls(commit, size=lambda item: 1)
         results = await asyncio.gather(*map(group.submit, ["good", "bad"]), return_exceptions=True)
         assert results[0] == "good" and isinstance(results[1], ValueError)
         for error in await asyncio.gather(*map(group.submit, ["all", "x"]), return_exceptions=True):
@@ -108,7 +108,7 @@ def test_a_commit_that_is_cancelled_fails_its_callers_and_the_rest_is_still_comm
                 raise asyncio.CancelledError
             return items
 
-        group = GroupCommit(commit, size=lambda item: 1, max_items=1)
+        group = SharedCalls(commit, size=lambda item: 1, max_items=1)
         first, second = await asyncio.wait_for(
             asyncio.gather(group.submit(1), group.submit(2), return_exceptions=True), 5
         )
@@ -131,7 +131,7 @@ def test_commits_do_not_run_in_a_callers_context():
 
     async def scenario():
         request.set("a client's request")
-        await GroupCommit(commit, size=lambda item: 1).submit(1)
+        await SharedCalls(commit, size=lambda item: 1).submit(1)
 
     asyncio.run(scenario())
     assert seen == ["none"]
@@ -142,4 +142,4 @@ def test_a_wrong_number_of_results_is_an_error_not_a_hang():
         return []
 
     with pytest.raises(RuntimeError, match="0 results for 1 items"):
-        asyncio.run(asyncio.wait_for(GroupCommit(commit, size=lambda item: 1).submit(1), 5))
+        asyncio.run(asyncio.wait_for(SharedCalls(commit, size=lambda item: 1).submit(1), 5))
