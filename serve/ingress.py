@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve.admission import Admission, AdmissionGuard
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
@@ -39,6 +40,12 @@ def build_api(service: PredictionService) -> FastAPI:
     bodies = {"/v1/predict": limits.max_image_bytes, "/v1/predict/batch": limits.max_batch_bytes}
     api.add_middleware(
         BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
+    )
+    api.add_middleware(
+        AdmissionGuard,
+        admission=Admission(service.settings.admission, service.oldest_wait_s, service.settings.retry_after_s),
+        paths=bodies,
+        largest_body=limits.max_batch_bytes + _FORM_BYTES,
     )
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)

@@ -32,6 +32,7 @@ _ROLLOUT_POLL_S = 0.1
 _ROLLOUT_TIMEOUT_S = 5.0
 # Pictures of one request that are scored together: enough for the network's best rate, few enough to overlap.
 _PART_IMAGES = 16
+_PARTS_UNDER_WAY = 3
 # A tile of 10 KB is decoded in less time than a thread takes to get going beside the event loop.
 _SMALL_BYTES = 32 * 2**10
 
@@ -41,6 +42,8 @@ Outcome = tuple[PredictionRecord, dict[str, float]] | ApiError
 
 class Scorer(Protocol):
     async def score(self, images: np.ndarray, deadline: float) -> ImageScores | None: ...
+
+    def oldest_wait_s(self) -> float: ...
 
     async def describe(self) -> dict[str, Any]: ...
 
@@ -115,6 +118,10 @@ class PredictionService:
         assert self._model is not None, "use_model comes before the first request"
         return self._model
 
+    def oldest_wait_s(self) -> float:
+        """For how long the picture that is next has waited for the network, seconds."""
+        return self._scorer.oldest_wait_s()
+
     def use_model(self, model: ServedModel) -> None:
         """Serves this model from now on."""
         self._model = model
@@ -152,8 +159,14 @@ class PredictionService:
         # Parts, so that the network already runs while the next pictures are decoded.
         size, order = self._part_images, list(todo)
         parts = [{i: todo[i] for i in order[start : start + size]} for start in range(0, len(order), size)]
-        work = [self._score_part(part, known, outcomes, model, deadline, clock) for part in parts]
-        scored = [answer for part in (await gather_or_cancel(work)) for answer in part]
+        # One large request must not fill the queue in front of all others: its parts come as the first ones leave.
+        room = asyncio.Semaphore(_PARTS_UNDER_WAY)
+
+        async def score(part: dict[int, LesionRequest]) -> list[_Scored]:
+            async with room:
+                return await self._score_part(part, known, outcomes, model, deadline, clock)
+
+        scored = [answer for answers in await gather_or_cancel([score(part) for part in parts]) for answer in answers]
         if scored:
             records = [self._record(todo[lesion.index], lesion, model, clock) for lesion in scored]
             entry = LogEntry(tuple(records), {lesion.image.stored.hash: lesion.image.stored.data for lesion in scored})

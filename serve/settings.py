@@ -33,16 +33,29 @@ class UploadLimits(_Settings):
     max_batch_pixels: int = Field(200_000_000, ge=64, description="all images of one /v1/predict/batch request")
 
 
+class AdmissionSettings(_Settings):
+    """When a replica of the HTTP node refuses requests with 503: before it is too late, and before memory is short."""
+
+    max_wait_s: float = Field(
+        0.4, gt=0, description="how long the picture that is next may have waited for the network"
+    )
+    max_requests: int = Field(512, ge=1, description="requests under way that need the network")
+    max_bytes: int = Field(512 * 2**20, ge=2**20, description="their bodies together; four times that is in memory")
+
+
 class IngressSettings(_Settings):
     """The HTTP node: decodes, calls the other nodes, answers."""
 
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     decode_threads: int = Field(2, ge=1)
-    max_ongoing_requests: int = Field(128, ge=1)
-    max_queued_requests: int = Field(512, ge=-1)
+    max_ongoing_requests: int = Field(1024, ge=1, description="above admission.max_requests, for the other routes")
+    max_queued_requests: int = Field(
+        512, ge=-1, description="at Serve's own door, once max_ongoing_requests is reached"
+    )
     request_timeout_s: float = Field(30.0, gt=0, description="after it, 503 with Retry-After")
-    retry_after_s: int = Field(2, ge=1, description="what a 503 tells the client")
+    admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
+    retry_after_s: int = Field(1, ge=1, description="what a 503 tells the client")
     abstain: bool = Field(True, description="give reasons instead of a risk where the model's bundle says so")
 
 

@@ -86,6 +86,9 @@ class LocalScorer:
     async def score(self, images, deadline):
         return self.logic.score(images)
 
+    def oldest_wait_s(self):
+        return 0.0
+
     async def describe(self):
         return self.logic.describe()
 
