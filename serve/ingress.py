@@ -15,12 +15,14 @@ from serve.api import PROBLEMS, Health, ModelCard
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.http_errors import add_error_handlers
+from serve.lesion_scoring import LesionScoring
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
+from serve.triage_routes import add_triage_routes
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
@@ -37,7 +39,11 @@ def build_api(service: PredictionService) -> FastAPI:
         responses={503: PROBLEMS[503]},
     )
     add_error_handlers(api)
-    bodies = {"/v1/predict": limits.max_image_bytes, "/v1/predict/batch": limits.max_batch_bytes}
+    bodies = {
+        "/v1/predict": limits.max_image_bytes,
+        "/v1/predict/batch": limits.max_batch_bytes,
+        "/v1/patients/triage": limits.max_batch_bytes,
+    }
     api.add_middleware(
         BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
     )
@@ -49,6 +55,7 @@ def build_api(service: PredictionService) -> FastAPI:
     )
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
+    add_triage_routes(api, service)
     _add_model_routes(api, service)
     return api
 
@@ -86,15 +93,15 @@ class Ingress:
     ):
         config = ServeSettings.model_validate(settings)
         self._log = DurableLog(SidecarNode(drift_logger), open_log(config.storage), config.drift_logger)
-        self.service = PredictionService(
+        scoring = LesionScoring(
             ScorerNode(scorer, config.scorer, config.ingress.retry_after_s),
             FusionNode(fusion, config.ingress.retry_after_s),
-            self._log,
             config.limits,
             config.ingress,
-            Path(config.storage.patient_key_file).read_bytes(),
             config.scorer.max_batch_size,
         )
+        patient_key = Path(config.storage.patient_key_file).read_bytes()
+        self.service = PredictionService(scoring, self._log, config.ingress, patient_key)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.service)

@@ -21,7 +21,8 @@ class FusedRisk:
     """One lesion's calibrated answer.
 
     Attributes:
-        context: which model answered: "none" = image and own metadata, "image_only" = no metadata.
+        context: which model answered: "none" = image and own metadata, "image_only" = no metadata, "patient" = also
+            how the lesion stands out among the patient's.
         class_probabilities: calibrated, by class name.
         risk: their sum over the malignant classes.
         band: "low", "moderate" or "high".
@@ -49,15 +50,13 @@ def has_metadata(record: Record | None) -> bool:
 
 
 class MetadataFusionLogic:
-    """The context models of one verified bundle that a single lesion can be asked in."""
+    """The context models of one verified bundle."""
 
     def __init__(self, model: ModelReference):
         bundle = load_bundle(model.bundle_uri, model.sha256)
         self.digest = bundle.digest
         self._task = bundle.task
-        self._models = {
-            name: bundle.contexts[name] for name in bundle.manifest.contexts if name in ("image_only", "none")
-        }
+        self._models = {name: bundle.contexts[name] for name in bundle.manifest.contexts}
         if "image_only" not in self._models:
             raise ValueError(f"bundle {model.bundle_uri} has no image_only context; it cannot be served")
         self._metrics = {name: bundle.metrics(name) for name in self._models}
@@ -65,17 +64,20 @@ class MetadataFusionLogic:
         empty = dict.fromkeys(self._task.columns)
         uniform = np.full((1, self._task.num_classes), -np.log(self._task.num_classes), np.float32)
         for name in self._models:
-            self._predict(name, uniform, [empty])
+            self._predict(name, uniform, [empty], np.array([True]))
 
     def context_of(self, record: Record | None) -> str:
         """ "none" where there is metadata and the bundle can use it, else "image_only"."""
         return "none" if "none" in self._models and has_metadata(record) else "image_only"
 
-    def _predict(self, context: str, log_probabilities: np.ndarray, records: Sequence[Record]) -> np.ndarray:
+    def _predict(
+        self, context: str, log_probabilities: np.ndarray, records: Sequence[Record], trusted: np.ndarray | None = None
+    ) -> np.ndarray:
         columns = None
         if context != "image_only":
             columns = {name: [record.get(name) for record in records] for name in self._task.columns}
-        return self._models[context].predict(log_probabilities, columns, None)
+        groups = ["patient"] * len(records) if context == "patient" else None
+        return self._models[context].predict(log_probabilities, columns, groups, trusted=trusted)
 
     def fuse(self, log_probabilities: np.ndarray, records: Sequence[Record | None]) -> FusedRisks:
         """Fuses float32 (N, K) with N cleaned records (None: no metadata given)."""
@@ -87,6 +89,19 @@ class MetadataFusionLogic:
             for row, values in zip(rows, probabilities, strict=True):
                 risks[row] = self._answer(context, values)
         return FusedRisks(self.digest, [risk for risk in risks if risk is not None])
+
+    def fuse_patient(
+        self, log_probabilities: np.ndarray, records: Sequence[Record | None], trusted: np.ndarray
+    ) -> FusedRisks | None:
+        """Fuses all lesions of one patient, float32 (N, K), each compared with the others; None without such a model.
+
+        Args:
+            trusted: bool (N,), which lesions' image scores others are compared with.
+        """
+        if "patient" not in self._models:
+            return None
+        probabilities = self._predict("patient", log_probabilities, [record or {} for record in records], trusted)
+        return FusedRisks(self.digest, [self._answer("patient", values) for values in probabilities])
 
     def _answer(self, context: str, probabilities: np.ndarray) -> FusedRisk:
         thresholds = self._models[context].thresholds
@@ -134,6 +149,13 @@ class MetadataFusion:
         if len(records) == 1:
             return logic.fuse(log_probabilities, records)
         return await asyncio.get_running_loop().run_in_executor(self._thread, logic.fuse, log_probabilities, records)
+
+    async def fuse_patient(
+        self, log_probabilities: np.ndarray, records: list[Record | None], trusted: np.ndarray
+    ) -> FusedRisks | None:
+        """See `MetadataFusionLogic.fuse_patient`."""
+        fuse = self._loaded().fuse_patient
+        return await asyncio.get_running_loop().run_in_executor(self._thread, fuse, log_probabilities, records, trusted)
 
     async def describe(self) -> dict[str, Any]:
         return self._loaded().describe()

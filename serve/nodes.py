@@ -130,7 +130,8 @@ class FusionNode:
 
     def __init__(self, handle: DeploymentHandle, retry_after_s: int):
         handle = _direct(handle)
-        self._fuse_method, self._describe_method = handle.fuse, handle.describe
+        self._fuse_method, self._patient_method = handle.fuse, handle.fuse_patient
+        self._describe_method = handle.describe
         self._retry_after_s = retry_after_s
         self._calls: SharedCalls[_Lesions, FusedRisks] = SharedCalls(
             self._fuse, size=lambda lesions: len(lesions.records), max_size=_FUSED, keep_cancelled=False
@@ -138,6 +139,12 @@ class FusionNode:
 
     async def fuse(self, log_probabilities: np.ndarray, records: list) -> FusedRisks:
         return await self._calls.submit(_Lesions(log_probabilities, records))
+
+    async def fuse_patient(
+        self, log_probabilities: np.ndarray, records: list, trusted: np.ndarray
+    ) -> FusedRisks | None:
+        arguments = (log_probabilities, records, trusted)
+        return await call_again(self._patient_method, *arguments, retry_after_s=self._retry_after_s)
 
     async def _fuse(self, group: list[_Lesions]) -> list[FusedRisks]:
         log_probabilities = np.concatenate([lesions.log_probabilities for lesions in group])

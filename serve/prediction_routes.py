@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, File, Form, Header, Request, UploadFile
@@ -22,7 +23,7 @@ from serve.lesion import (
 from serve.prediction_service import Outcome, PredictionService
 from serve.upload import check_batch
 
-_ORIGIN_FIELDS = ("patient_id", "institution", "device", "acquired_at")
+ORIGIN_FIELDS = ("patient_id", "institution", "device", "acquired_at")
 
 PatientId = Annotated[str | None, Form(description="stored as a keyed hash only")]
 Institution = Annotated[str | None, Form()]
@@ -33,7 +34,10 @@ IdempotencyKey = Annotated[
 ]
 
 
-def _origin(patient_id: str | None, institution: str | None, device: str | None, acquired_at: str | None) -> Origin:
+def parse_origin(
+    patient_id: str | None, institution: str | None, device: str | None, acquired_at: str | None
+) -> Origin:
+    """The form's fields of origin; ApiError 422 naming the one that is wrong."""
     return Origin(
         patient_id=parse_text(patient_id, "patient_id"),
         institution=parse_text(institution, "institution"),
@@ -42,13 +46,40 @@ def _origin(patient_id: str | None, institution: str | None, device: str | None,
     )
 
 
+def parse_lesions(
+    files: Sequence[bytes],
+    metadata: str | None,
+    origin: Origin,
+    key: str | None,
+    caller: str,
+    service: PredictionService,
+) -> list[LesionRequest | ApiError]:
+    """The lesions of a request with many pictures, in order; one with wrong metadata is an error by itself.
+
+    Raises:
+        ApiError: 413 too many pictures or pixels together, 422 `metadata` is no list of as many entries.
+    """
+    check_batch(files, service.limits)
+    records = [None] * len(files) if metadata is None else parse_json(metadata, "metadata")
+    if not isinstance(records, list) or len(records) != len(files):
+        raise invalid_field(f"metadata: expected a JSON list of {len(files)} entries, one per image")
+    lesions: list[LesionRequest | ApiError] = []
+    for index, (file, record) in enumerate(zip(files, records, strict=True)):
+        item_key = None if key is None else f"{key}/{index}"
+        try:
+            cleaned = parse_metadata(record, service.model.task)
+            lesions.append(LesionRequest(file, cleaned, origin, item_key, caller))
+        except ApiError as error:
+            lesions.append(error)
+    return lesions
+
+
 def _answer(outcome: Outcome) -> Prediction | Problem:
     return Problem.of(outcome) if isinstance(outcome, ApiError) else Prediction.of(*outcome)
 
 
 def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
     """`POST /v1/predict` and `POST /v1/predict/batch`."""
-    limits = service.limits
 
     @api.post("/v1/predict", responses=PROBLEMS)
     async def predict(
@@ -62,11 +93,11 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
         idempotency_key: IdempotencyKey = None,
     ) -> Prediction:
         """Scores one lesion. 200 means that the record and the image are on disk."""
-        await check_form_fields(request, ("image", "metadata", *_ORIGIN_FIELDS))
+        await check_form_fields(request, ("image", "metadata", *ORIGIN_FIELDS))
         lesion = LesionRequest(
             image=await image.read(),
             metadata=parse_metadata(None if metadata is None else parse_json(metadata, "metadata"), service.model.task),
-            origin=_origin(patient_id, institution, device, acquired_at),
+            origin=parse_origin(patient_id, institution, device, acquired_at),
             idempotency_key=parse_key(idempotency_key),
             caller=caller_of(request).name,
         )
@@ -90,20 +121,9 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
 
         The other fields hold for all of them.
         """
-        await check_form_fields(request, ("images", "metadata", *_ORIGIN_FIELDS))
+        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS))
         files = [await image.read() for image in images]
-        check_batch(files, limits)
-        records = [None] * len(images) if metadata is None else parse_json(metadata, "metadata")
-        if not isinstance(records, list) or len(records) != len(images):
-            raise invalid_field(f"metadata: expected a JSON list of {len(images)} entries, one per image")
-        origin = _origin(patient_id, institution, device, acquired_at)
-        key, caller = parse_key(idempotency_key), caller_of(request).name
-        lesions: list[LesionRequest | ApiError] = []
-        for index, (file, record) in enumerate(zip(files, records, strict=True)):
-            item_key = None if key is None else f"{key}/{index}"
-            try:
-                cleaned = parse_metadata(record, service.model.task)
-                lesions.append(LesionRequest(file, cleaned, origin, item_key, caller))
-            except ApiError as error:
-                lesions.append(error)
+        origin = parse_origin(patient_id, institution, device, acquired_at)
+        caller = caller_of(request).name
+        lesions = parse_lesions(files, metadata, origin, parse_key(idempotency_key), caller, service)
         return list(map(_answer, await service.predict(lesions)))

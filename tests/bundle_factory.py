@@ -102,6 +102,9 @@ class LocalFusion:
     async def fuse(self, log_probabilities, records):
         return self.logic.fuse(log_probabilities, records)
 
+    async def fuse_patient(self, log_probabilities, records, trusted):
+        return self.logic.fuse_patient(log_probabilities, records, trusted)
+
     async def describe(self):
         return self.logic.describe()
 

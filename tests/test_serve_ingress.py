@@ -16,6 +16,7 @@ from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.errors import unavailable
 from serve.ingress import NOTICE_HEADER, build_api
+from serve.lesion_scoring import LesionScoring
 from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
@@ -67,7 +68,8 @@ class Served:
         durable = DurableLog(
             self.sidecar, self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
         )
-        self.service = PredictionService(*nodes, durable, LIMITS, IngressSettings(), b"a test's secret")
+        scoring = LesionScoring(*nodes, LIMITS, IngressSettings(), max_batch_size=4)
+        self.service = PredictionService(scoring, durable, IngressSettings(), b"a test's secret")
         self.service.use_model(ServedModel.load(reference))
         self.client = TestClient(build_api(self.service), raise_server_exceptions=False)
 
@@ -287,11 +289,11 @@ def test_a_node_that_does_not_answer_gives_503(served, monkeypatch):
     async def full(images, deadline):
         raise unavailable("the queue is full", 2)
 
-    monkeypatch.setattr(served.service._scorer, "score", full)
+    monkeypatch.setattr(served.service.scoring.scorer, "score", full)
     response = served.predict()
     problem(response, 503, "queue is full")
     assert response.headers["Retry-After"] == "2"
-    monkeypatch.setattr(served.service._scorer, "score", hang)
+    monkeypatch.setattr(served.service.scoring.scorer, "score", hang)
     served.give_up_after(0.3)
     problem(served.predict(), 503, "no answer within 0.3 s")
 
@@ -304,12 +306,12 @@ def test_no_answer_mixes_two_models(served, tmp_path, monkeypatch):
     assert served.client.get("/readyz").status_code == 503
     monkeypatch.setattr("serve.prediction_service._ROLLOUT_TIMEOUT_S", 0.2)
     problem(served.predict(), 503, "new model is being rolled out")
-    old = served.service._scorer, served.service._fusion
-    served.service._scorer, served.service._fusion = LocalScorer(other), LocalFusion(other)
+    old = served.service.scoring.scorer, served.service.scoring.fusion
+    served.service.scoring.scorer, served.service.scoring.fusion = LocalScorer(other), LocalFusion(other)
     try:
         answer = served.predict().json()
     finally:
-        served.service._scorer, served.service._fusion = old
+        served.service.scoring.scorer, served.service.scoring.fusion = old
     assert (problem_free["model_version"], answer["model_version"]) == ("7", "8")
     assert answer["image_score"] > problem_free["image_score"]
 
@@ -340,7 +342,7 @@ def test_an_unexpected_failure_is_a_json_500_that_quotes_nothing(served, monkeyp
     async def fail(images):
         raise RuntimeError("patient Jane")
 
-    monkeypatch.setattr(served.service._scorer, "score", fail)
+    monkeypatch.setattr(served.service.scoring.scorer, "score", fail)
     assert "Jane" not in problem(served.predict(), 500)["detail"]
 
 
@@ -406,7 +408,7 @@ def test_the_operator_can_have_everything_scored(careful):
     card = careful.client.get("/v1/model").json()["abstention"]
     assert card["active"] is True and card["false_refusal_rate"] == 0.01
     assert card["limits"]["brightness"]["low"] > 0 and card["max_distance"] > 0
-    careful.service.settings = IngressSettings(abstain=False)
+    careful.service.settings = careful.service.scoring.settings = IngressSettings(abstain=False)
     answer = careful.predict(blank_png(48)).json()
     assert answer["abstained"] is False and answer["risk"] is not None
     assert careful.client.get("/v1/model").json()["abstention"]["active"] is False

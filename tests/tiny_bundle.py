@@ -31,11 +31,12 @@ GATE_METRICS = {
 }
 
 
-def tiny_task(synthetic: bool = True) -> TaskSpec:
+def tiny_task(synthetic: bool = True, context_group: str | None = None) -> TaskSpec:
     return TaskSpec(
         name="tiny",
         synthetic=synthetic,
         fold_group="patient_id",
+        context_group=context_group,
         label_column="target",
         label_values=["0", "1"],
         classes=["benign", "malignant"],
@@ -135,8 +136,8 @@ def tiny_bundle(
     """
     import pandas as pd
 
-    task = tiny_task(synthetic)
     contexts = contexts or ["image_only"]
+    task = tiny_task(synthetic, "patient_id" if "patient" in contexts else None)
     directory.mkdir(parents=True)
     write_onnx(directory / "image_scorer.onnx", bias=onnx_bias)
     rng = np.random.default_rng(1)

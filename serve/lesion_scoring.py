@@ -1,0 +1,230 @@
+"""From uploaded pictures to calibrated risks: decode, score, fuse, in parts that overlap. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from serve.errors import ApiError
+from serve.image_scorer import ImageScores
+from serve.lesion import LesionRequest, PreparedImage, prepare_or_error
+from serve.metadata_fusion import FusedRisk, FusedRisks
+from serve.served_model import ServedModel
+from serve.settings import IngressSettings, UploadLimits
+from serve.stage_clock import StageClock
+
+logger = logging.getLogger("ray.serve")
+
+# Pictures of one request that are scored together: enough for the network's best rate, few enough to overlap.
+PART_IMAGES = 16
+_PARTS_UNDER_WAY = 3
+# A tile of 10 KB is decoded in less time than a thread takes to get going beside the event loop.
+_SMALL_BYTES = 32 * 2**10
+
+Result = TypeVar("Result")
+
+
+class Scorer(Protocol):
+    async def score(self, images: np.ndarray, deadline: float) -> ImageScores | None: ...
+
+    def oldest_wait_s(self) -> float: ...
+
+    async def describe(self) -> dict[str, Any]: ...
+
+
+class Fusion(Protocol):
+    async def fuse(self, log_probabilities: np.ndarray, records: list) -> FusedRisks: ...
+
+    async def fuse_patient(
+        self, log_probabilities: np.ndarray, records: list, trusted: np.ndarray
+    ) -> FusedRisks | None: ...
+
+    async def describe(self) -> dict[str, Any]: ...
+
+
+class ModelsDifferError(Exception):
+    """The nodes answered with different bundles: a new one is being rolled out."""
+
+
+async def gather_or_cancel(work: Sequence[Awaitable[Result]]) -> list[Result]:
+    """As `asyncio.gather`, but what is still under way when one fails, or the caller is cancelled, is cancelled too."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@dataclass(frozen=True)
+class ScoredLesion:
+    """One lesion of a request on its way to the log.
+
+    Attributes:
+        index: its place in the request.
+        image: the decoded picture.
+        scores: its own row.
+        reasons: why the model abstains; empty where it does not.
+        risk: the fused answer, also of an abstained lesion, for review.
+    """
+
+    index: int
+    image: PreparedImage
+    scores: ImageScores
+    reasons: list[str]
+    risk: FusedRisk
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some lesions of a request, scored: images by place in the request, and their rows of scores."""
+
+    images: dict[int, PreparedImage]
+    scores: ImageScores
+    reasons: list[list[str]]
+
+
+class LesionScoring:
+    """Takes the lesions of one request through the image node and the fusion node.
+
+    Args:
+        max_batch_size: pictures that one call of the scorer takes.
+    """
+
+    def __init__(
+        self, scorer: Scorer, fusion: Fusion, limits: UploadLimits, settings: IngressSettings, max_batch_size: int
+    ):
+        self.scorer = scorer
+        self.fusion = fusion
+        self.limits = limits
+        self.settings = settings
+        self._part_images = min(PART_IMAGES, max_batch_size)
+        self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+
+    async def score(
+        self,
+        requests: Mapping[int, LesionRequest],
+        model: ServedModel,
+        deadline: float,
+        clock: StageClock,
+        patient: bool = False,
+    ) -> tuple[list[ScoredLesion], dict[int, ApiError]]:
+        """Scores lesions, given by their place in the request; also which of them have no picture to score.
+
+        Args:
+            deadline: `time.monotonic()` after which nobody waits for the answer.
+            patient: all are one patient's, and each is compared with the others.
+
+        Raises:
+            ModelsDifferError: ask again, with the model that is served then.
+            ApiError: a node does not answer, or 409: the model compares no lesions of a patient.
+        """
+        size, order = self._part_images, list(requests)
+        # Parts, so that the network already runs while the next pictures are decoded.
+        parts = [{i: requests[i] for i in order[start : start + size]} for start in range(0, len(order), size)]
+        # One large request must not fill the queue in front of all others: its parts come as the first ones leave.
+        room = asyncio.Semaphore(_PARTS_UNDER_WAY)
+        errors: dict[int, ApiError] = {}
+
+        async def one(part: dict[int, LesionRequest]) -> list[ScoredLesion] | _Part | None:
+            async with room:
+                scored = await self._score_part(part, errors, model, deadline, clock)
+            if scored is None or patient:
+                return scored
+            records = [part[index].metadata for index in scored.images]
+            fused = await self.fusion.fuse(scored.scores.log_probabilities, records)
+            return _answers(scored, self._checked(fused, model, clock).risks)
+
+        done = [part for part in await gather_or_cancel([one(part) for part in parts]) if part is not None]
+        if not patient:
+            return [lesion for part in done for lesion in part], errors
+        return await self._compare(done, requests, model, clock), errors
+
+    async def _compare(
+        self, parts: list[_Part], requests: Mapping[int, LesionRequest], model: ServedModel, clock: StageClock
+    ) -> list[ScoredLesion]:
+        """Fuses all lesions of a patient at once."""
+        if not parts:
+            return []
+        records = [requests[index].metadata for part in parts for index in part.images]
+        # What the model abstains from is no measure for the others.
+        trusted = np.array([not reasons for part in parts for reasons in part.reasons])
+        log_probabilities = np.concatenate([part.scores.log_probabilities for part in parts])
+        fused = await self.fusion.fuse_patient(log_probabilities, records, trusted)
+        if fused is None:
+            raise ApiError(
+                409, "no_patient_context", f"model {model.reference.version} compares no lesions of a patient"
+            )
+        risks = iter(self._checked(fused, model, clock).risks)
+        return [lesion for part in parts for lesion in _answers(part, [next(risks) for _ in part.images])]
+
+    async def _score_part(
+        self,
+        part: Mapping[int, LesionRequest],
+        errors: dict[int, ApiError],
+        model: ServedModel,
+        deadline: float,
+        clock: StageClock,
+    ) -> _Part | None:
+        images: dict[int, PreparedImage] = {}
+        for index, result in zip(part, await self.prepare(list(part.values()), model), strict=True):
+            if isinstance(result, ApiError):
+                errors[index] = result
+            else:
+                images[index] = result
+        clock.end("decode")
+        if not images:
+            return None
+        scores = await self.scorer.score(np.stack([image.pixels for image in images.values()]), deadline)
+        clock.end("score")
+        if scores is None or scores.digest != model.digest:
+            raise ModelsDifferError
+        return _Part(images, scores, self._reasons_to_abstain(list(images.values()), model, scores))
+
+    async def prepare(
+        self, requests: Sequence[LesionRequest], model: ServedModel
+    ) -> Sequence[PreparedImage | ApiError]:
+        """The requests' pictures, decoded, or why one is none."""
+        if len(requests) == 1 and len(requests[0].image) <= _SMALL_BYTES:
+            return [prepare_or_error(requests[0].image, model.input_size, self.limits)]
+        decode = asyncio.get_running_loop().run_in_executor
+        arguments = (model.input_size, self.limits)
+        return await gather_or_cancel(
+            [decode(self._threads, prepare_or_error, request.image, *arguments) for request in requests]
+        )
+
+    def _checked(self, fused: FusedRisks, model: ServedModel, clock: StageClock) -> FusedRisks:
+        clock.end("fuse")
+        if fused.digest != model.digest:
+            raise ModelsDifferError
+        return fused
+
+    def _reasons_to_abstain(
+        self, images: list[PreparedImage], model: ServedModel, scores: ImageScores
+    ) -> list[list[str]]:
+        """Codes of `modeling.abstention` by picture; none where the model, or the operator, wants all scored."""
+        if model.abstention is None or not self.settings.abstain:
+            return [[] for _ in images]
+        assert scores.distances is not None, "the same bundle gave the scores"
+        quality = {name: np.array([image.quality[name] for image in images]) for name in images[0].quality}
+        found = model.abstention.refusals(quality, scores.distances)
+        for image, refusals in zip(images, found, strict=True):
+            if refusals:
+                reasons = "; ".join(f"{refusal.reason}: {refusal.detail}" for refusal in refusals)
+                logger.info("abstained from %s: %s", image.stored.hash[:12], reasons)
+        return [[refusal.reason for refusal in refusals] for refusals in found]
+
+
+def _answers(part: _Part, risks: Sequence[FusedRisk]) -> list[ScoredLesion]:
+    return [
+        ScoredLesion(index, image, part.scores[row : row + 1], part.reasons[row], risks[row])
+        for row, (index, image) in enumerate(part.images.items())
+    ]
