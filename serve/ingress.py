@@ -85,6 +85,7 @@ def _add_model_routes(api: FastAPI, service: PredictionService, keys: KeyRing | 
         """Every node answers with the same model, and records find a disk."""
         checks = await service.readiness()
         if keys is not None:
+            await keys.start()
             checks["api_keys"] = keys.state
         ready = all(state in ("ok", "spooling", "last known") for state in checks.values())
         health = Health(status="ok" if ready else "unavailable", checks=checks)
