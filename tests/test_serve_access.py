@@ -6,12 +6,15 @@ import asyncio
 import threading
 
 import pytest
+import sqlalchemy as sql
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from serve import key_ring
-from serve.access import ANONYMOUS, LEAST_ROLE, OPEN_PATHS, AccessGuard, Caller, is_open, least_role
+from serve.access import ANONYMOUS, LEAST_ROLE, OPEN_PATHS, AccessGuard, Caller, check_owner, is_open, least_role
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
+from serve.errors import ApiError
 from serve.ingress import build_api
 from serve.key_ring import KeyRing
 from serve.prediction_service import PredictionService
@@ -20,6 +23,7 @@ from serve.served_model import ServedModel
 from serve.settings import AccessSettings, DriftLoggerSettings, IngressSettings, UploadLimits
 from store.api_keys import ROLES, create_api_key, list_api_keys, revoke_api_key
 from store.database import StoreUnavailableError
+from store.tables import api_keys
 from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, lesion_image, served_bundle, storage
 
 REFRESH_S = 0.05
@@ -101,6 +105,14 @@ def test_without_a_live_key_nothing_is_answered(guarded, change):
     problem(response, 401, "X-API-Key: ")
     assert response.headers["WWW-Authenticate"].startswith("ApiKey")
     assert list(guarded.store.predictions_between(0, 2**62)) == []
+
+
+def test_a_role_that_this_release_does_not_know_opens_nothing(guarded):
+    key, text = create_api_key(guarded.store, "later", "caller", "Ada")
+    with guarded.store.writing() as connection:
+        connection.execute(sql.update(api_keys).where(api_keys.c.id == key.id).values(role="owner"))
+    assert guarded.predict(text).status_code == 401
+    assert guarded.predict(guarded.keys["caller"]).status_code == 200
 
 
 def test_bytes_that_are_no_text_are_no_key(guarded):
@@ -224,6 +236,24 @@ def test_a_record_of_another_caller_is_not_there(guarded):
     """Holds for whatever the routes of predictions come to answer."""
     found = guarded.predict(guarded.keys["admin"]).json()["prediction_id"]
     assert guarded.send("GET", f"/v1/predictions/{found}", guarded.keys["caller"]).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("caller", "seen"),
+    [
+        (Caller("clinic", "caller"), True),
+        (Caller("lab", "caller"), False),
+        (Caller("lab", "reviewer"), True),
+        (ANONYMOUS, True),
+    ],
+)
+def test_callers_see_their_own_records_and_reviewers_all(caller, seen):
+    request = Request({"type": "http", "headers": [], "dermray.caller": caller})
+    if seen:
+        check_owner(request, "clinic", "prediction_id 'x'")
+    else:
+        with pytest.raises(ApiError, match="404 not_found: prediction_id 'x'"):
+            check_owner(request, "clinic", "prediction_id 'x'")
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))
