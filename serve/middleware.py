@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 DRAINED_BYTES, DRAIN_SECONDS = 64 * 2**20, 10.0
 
 
-async def drain(receive: Receive) -> None:
-    """Reads a body to its end, or until DRAINED_BYTES or DRAIN_SECONDS are over."""
+async def drain(receive: Receive) -> bool:
+    """Reads a body until DRAINED_BYTES or DRAIN_SECONDS are over; returns whether it came to its end."""
     drained = 0
     try:
         async with asyncio.timeout(DRAIN_SECONDS):
@@ -24,9 +24,10 @@ async def drain(receive: Receive) -> None:
                 message = await receive()
                 drained += len(message.get("body", b""))
                 if not message.get("more_body", False):
-                    return
+                    return True
     except TimeoutError:
-        return
+        return False
+    return False
 
 
 class BodyLimit:

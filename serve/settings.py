@@ -137,6 +137,21 @@ class StorageSettings(_Settings):
         return value
 
 
+class AccessSettings(_Settings):
+    """Who may call, and how often."""
+
+    require_keys: bool = Field(False, description="every request but health, model card and pages needs X-API-Key")
+    refresh_s: float = Field(5.0, gt=0, le=300, description="after it a revoked key is refused, and a new one works")
+    requests_per_s: float | None = Field(None, gt=0, description="per key and ingress replica; null sets no limit")
+    burst: int = Field(20, ge=1, description="requests that a key may send at once, where requests_per_s is set")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AccessSettings:
+        if self.requests_per_s is not None and not self.require_keys:
+            raise ValueError("requests_per_s is a limit per key; expected require_keys: true with it")
+        return self
+
+
 class ServeSettings(_Settings):
     """Everything but the model."""
 
@@ -146,6 +161,7 @@ class ServeSettings(_Settings):
     scorer: ScorerSettings = Field(default_factory=ScorerSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
+    access: AccessSettings = Field(default_factory=AccessSettings)
     runtime_env: dict[str, Any] | None = Field(None, description="code and environment of every replica")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,16 +14,21 @@ from pydantic import ValidationError
 
 from modeling.engine_parity import ParityLimits
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, device_key
+from ray_jobs import deploy_service
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
     _reason,
+    check_store,
     connect,
     ensure_patient_key,
     resolve_model,
     run,
     serve_settings,
 )
+from serve.access import is_open
 from serve.release import PACKAGES, write_release
+from store.api_keys import create_api_key, revoke_api_key
+from store.database import open_store
 from tests.bundle_factory import served_bundle
 from tests.house import REPO_ROOT
 
@@ -112,15 +118,63 @@ def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_p
         settings.storage.model_validate(settings.storage.model_dump() | {"spool_dir": "spool"})
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::"])
 def test_an_open_service_listens_on_loopback_only(host):
-    with pytest.raises(ValidationError, match="loopback"):
+    with pytest.raises(ValidationError, match=f"host {host} is not a loopback address.*access.require_keys: true"):
         DeployServiceConfig(host=host)
+    assert DeployServiceConfig(host=host, access={"require_keys": True}).host == host
+
+
+@pytest.mark.parametrize("host", ["example.org", "localhost", "", "127.0.0.1/8"])
+def test_the_host_is_an_address(host):
+    with pytest.raises(ValidationError, match="expected an IP address"):
+        DeployServiceConfig(host=host, access={"require_keys": True})
+
+
+def test_a_service_that_requires_keys_needs_one_that_is_live(dermray_home):
+    config = DeployServiceConfig(host="0.0.0.0", access={"require_keys": True})
+    store = open_store(config.store_url)
+    revoked, _ = create_api_key(store, "clinic", "caller", "Ada")
+    revoke_api_key(store, revoked.id, "Ada")
+    with pytest.raises(ValueError, match="no live API key; make one with python -m ray_jobs.manage_api_keys"):
+        check_store(config)
+    check_store(DeployServiceConfig())
+    create_api_key(store, "clinic", "caller", "Ada")
+    check_store(config)
+
+
+def test_without_a_live_key_nothing_is_deployed(reference, dermray_home, monkeypatch):
+    def no_cluster(_):
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(deploy_service, "connect", no_cluster)
+    with pytest.raises(ValueError, match="no live API key"):
+        run(DeployServiceConfig(bundle=reference.bundle_uri, host="0.0.0.0", access={"require_keys": True}))
+
+
+def test_replicas_are_told_who_may_call(dermray_home):
+    access = {"require_keys": True, "refresh_s": 2, "requests_per_s": 3, "burst": 4}
+    settings = serve_settings(DeployServiceConfig(access=access), dermray_home / "x.zip")
+    assert settings.access.model_dump() == access
 
 
 def test_the_address_is_a_url():
     assert DeployServiceConfig(port=8123).url == "http://127.0.0.1:8123"
     assert DeployServiceConfig(host="::1", port=8123).url == "http://[::1]:8123"
+
+
+def test_a_service_on_all_addresses_is_asked_on_loopback():
+    access = {"require_keys": True}
+    assert DeployServiceConfig(host="0.0.0.0", port=8123, access=access).url == "http://127.0.0.1:8123"
+    assert DeployServiceConfig(host="::", port=8123, access=access).url == "http://[::1]:8123"
+    assert DeployServiceConfig(host="10.1.2.3", port=8123, access=access).url == "http://10.1.2.3:8123"
+
+
+def test_the_deploy_job_asks_nothing_that_needs_a_key():
+    source = Path(deploy_service.__file__).read_text()
+    asked = re.findall(r'_get\(f"\{config\.url\}(/[^"]+)"\)', source)
+    assert {"/readyz", "/v1/model"} == set(asked)
+    assert all(is_open(path) for path in asked)
 
 
 def test_a_batch_that_can_never_fill_is_refused():

@@ -1,0 +1,103 @@
+"""Makes, lists and revokes the keys that callers of the HTTP service send as X-API-Key.
+
+`--action create --name N --role R --actor WHO` prints the key once, in the last line; the store keeps its SHA-256 only.
+To replace a key, make a second one of the same name, hand it over, then `--action revoke --id ID --actor WHO`.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from modeling.locations import SUBMITTED
+from ray_jobs.job import JobConfig, Location, run_job
+from store.api_keys import ROLES, ApiKey, create_api_key, list_api_keys, revoke_api_key
+from store.database import Store, StoreUnavailableError, open_store
+
+
+class ManageApiKeysConfig(JobConfig):
+    action: Literal["create", "revoke", "list"] = "list"
+    name: str | None = Field(None, description="create: who will use the key")
+    role: str | None = Field(None, description=f"create: one of {', '.join(ROLES)}; each may do what those before may")
+    id: str | None = Field(None, description="revoke: the key's id, as list shows it")
+    actor: str | None = Field(None, description="create, revoke: name of the person who does it")
+    key_file: Location | None = Field(
+        None, description="create: a new file for the key, readable by its owner only, instead of the last line"
+    )
+    store_url: Location = "sqlite:///store.db"
+
+
+_FLAGS = {"create": ("name", "role", "actor"), "revoke": ("id", "actor"), "list": ()}
+
+
+def _check(config: ManageApiKeysConfig) -> None:
+    needed = _FLAGS[config.action]
+    for flag in ("name", "role", "id", "actor"):
+        value = getattr(config, flag)
+        # A flag without a value arrives as "true".
+        if flag in needed and (value is None or value == "true"):
+            raise ValueError(f"--{flag} is missing; action {config.action} needs {', '.join(f'--{n}' for n in needed)}")
+        if flag not in needed and value is not None:
+            raise ValueError(f"--{flag} {value}: action {config.action} takes no --{flag}")
+    if config.key_file is not None and config.action != "create":
+        raise ValueError(f"--key-file {config.key_file}: action {config.action} takes no --key-file")
+    if config.action == "create" and config.key_file is None and os.environ.get(SUBMITTED):
+        raise ValueError("--key-file is missing; Ray keeps what a submitted job prints, and the key would be in it")
+
+
+def _shown(key: ApiKey) -> dict[str, Any]:
+    def time(microseconds: int | None) -> str | None:
+        return microseconds and datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
+
+    return {
+        "id": key.id,
+        "name": key.name,
+        "role": key.role,
+        "created_at": time(key.created_at),
+        "revoked_at": time(key.revoked_at),
+    }
+
+
+def _create(config: ManageApiKeysConfig, store: Store) -> dict[str, Any]:
+    if config.key_file is None:
+        key, text = create_api_key(store, config.name, config.role, config.actor)
+        return {**_shown(key), "key": text}
+    path = Path(config.key_file)
+    try:
+        # Made before the key, which would otherwise live without anyone who has it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ValueError(f"key_file {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            key, text = create_api_key(store, config.name, config.role, config.actor)
+            file.write(text + "\n")
+    except BaseException:
+        path.unlink()
+        raise
+    return {**_shown(key), "key_file": str(path)}
+
+
+def run(config: ManageApiKeysConfig) -> dict[str, Any]:
+    """Does one action; returns the key it was about, or the list."""
+    _check(config)
+    try:
+        # Only the first key may come before the service that makes the store.
+        store = open_store(config.store_url, create=config.action == "create")
+        if config.action == "create":
+            return {"action": "create", **_create(config, store)}
+        if config.action == "revoke":
+            key, changed = revoke_api_key(store, config.id, config.actor)
+            return {"action": "revoke", **_shown(key), "changed": changed}
+        return {"action": "list", "keys": [_shown(key) for key in list_api_keys(store)]}
+    except StoreUnavailableError as error:
+        raise ValueError(f"store_url: {error}") from error
+
+
+if __name__ == "__main__":
+    run_job("manage_api_keys", ManageApiKeysConfig, run, __doc__)
