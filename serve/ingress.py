@@ -10,14 +10,19 @@ from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve.alarm_routes import add_alarm_routes
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.http_errors import add_error_handlers
+from serve.label_routes import add_label_routes
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
+from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
+from serve.record_routes import add_record_routes
+from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
 
@@ -26,8 +31,8 @@ NOTICE_HEADER = "X-Dermray-Notice"
 _FORM_BYTES = 2**20 + 2**16
 
 
-def build_api(service: PredictionService) -> FastAPI:
-    """The routes around a service; it must have a model before the first request."""
+def build_api(service: PredictionService, records: RecordService) -> FastAPI:
+    """The routes around a service, which must have a model before the first request, and around its log."""
     limits = service.limits
     api = FastAPI(
         title="dermray",
@@ -42,6 +47,10 @@ def build_api(service: PredictionService) -> FastAPI:
     )
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
+    add_record_routes(api, records)
+    add_label_routes(api, service, records)
+    add_alarm_routes(api, records)
+    add_patient_routes(api, records)
     _add_model_routes(api, service)
     return api
 
@@ -78,18 +87,21 @@ class Ingress:
         settings: dict[str, Any],
     ):
         config = ServeSettings.model_validate(settings)
-        self._log = DurableLog(SidecarNode(drift_logger), open_log(config.storage), config.drift_logger)
+        log = open_log(config.storage)
+        patient_key = Path(config.storage.patient_key_file).read_bytes()
+        self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
         self.service = PredictionService(
             ScorerNode(scorer, config.ingress.retry_after_s),
             FusionNode(fusion, config.ingress.retry_after_s),
             self._log,
             config.limits,
             config.ingress,
-            Path(config.storage.patient_key_file).read_bytes(),
+            patient_key,
         )
+        self._records = RecordService(log, patient_key, config.ingress.retry_after_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.service)
+        return build_api(self.service, self._records)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
