@@ -83,8 +83,9 @@ def add_label(store: Store, label: NewLabel, actor: str) -> AddedLabel | None:
         store._append_audit(connection, actor, "label", f"prediction/{label.prediction_id}", detail)
         alarm = _missed_cancer_alarm(prediction, row) if _missed(prediction, label) else None
         if alarm is not None:
-            statement = store._insert(alarms).values(**alarm).on_conflict_do_nothing()
-            alarm = alarm if connection.execute(statement).rowcount == 1 else None
+            # RETURNING, because with an id that the database gives, psycopg has no row count.
+            statement = store._insert(alarms).values(**alarm).on_conflict_do_nothing().returning(alarms.c.id)
+            alarm = alarm if connection.execute(statement).first() is not None else None
         return AddedLabel(row, True, alarm)
 
 

@@ -79,15 +79,26 @@ def test_a_filter_gives_the_rows_that_fit_and_no_others(store):
     assert row["labelled"] is True and "embedding" not in row and row["metadata"] == {"age_approx": 50.0}
 
 
-def test_a_page_is_read_off_an_index_and_not_sorted_out_of_the_whole_log(store):
+def plan(store, after=None, **wanted):
+    """SQLite's plan of the page's own statement."""
+    statements = []
+
+    def remember(_connection, _cursor, statement, parameters, _context, _many):
+        statements.append((statement, parameters))
+
+    sql.event.listen(store.engine, "before_cursor_execute", remember)
+    found(store, after=after, **wanted)
+    sql.event.remove(store.engine, "before_cursor_execute", remember)
+    (query,) = [item for item in statements if item[0].startswith("SELECT")]
     with store.reading() as connection:
-        for condition in ("received_at <= 5 AND (received_at < 5 OR id < 'x')", "received_at > 5"):
-            plan = connection.exec_driver_sql(
-                f"EXPLAIN QUERY PLAN SELECT * FROM predictions WHERE role = 'champion' AND {condition} "
-                "ORDER BY received_at DESC, id DESC LIMIT 50"
-            ).all()
-            assert "USING INDEX ix_predictions_role_received_at" in plan[0][-1]
-            assert all("RIGHT PART" in step[-1] for step in plan if "TEMP B-TREE" in step[-1])
+        return [step[-1] for step in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + query[0], query[1])]
+
+
+def test_a_page_is_read_off_an_index_and_not_sorted_out_of_the_whole_log(store):
+    for steps in (plan(store), plan(store, after=(5, "x")), plan(store, abstained=True, from_us=5)):
+        assert "USING INDEX ix_predictions_role_received_at" in steps[0]
+        assert all("RIGHT PART" in step for step in steps if "TEMP B-TREE" in step)
+    assert "USING INDEX ix_predictions_patient_hmac" in plan(store, patient_hmac="a" * 64)[0]
 
 
 def test_a_record_comes_with_its_labels_and_the_suffix_of_its_picture(store):
