@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import threading
 
 import pytest
 
+from monitoring.prediction_log import PredictionLog, PredictionRecord
 from store import audit_chain, connection
-from store.database import StoreUnavailableError, open_store
+from store.database import Store, StoreUnavailableError, open_store
 from store.erasure import ErasedElsewhere, PatientErasure
 from store.image_files import ImageFiles
 from store.labels import NewLabel, add_label
@@ -212,3 +214,56 @@ def test_a_hook_removes_its_rows_in_the_same_transaction_and_names_its_pictures(
     with pytest.raises(ValueError, match="hook"):
         place.erase(OTHER, hooks=[broken])
     assert "other" in place.ids()
+
+
+def finished_in_time(work, meanwhile) -> bool:
+    """Runs `work` in a thread while `meanwhile` goes on; whether it ended before `meanwhile` let go."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(0.3)
+    early = not thread.is_alive()
+    meanwhile.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    return early
+
+
+def test_a_replay_that_has_read_a_batch_does_not_bring_its_rows_back(place):
+    place.spool.append([prediction_row("waits", patient_hmac=THEIRS)], {})
+    reading, go_on = threading.Event(), threading.Event()
+
+    def write(rows, images):
+        reading.set()
+        assert go_on.wait(30)
+        place.store.insert_predictions(rows)
+
+    replay = threading.Thread(target=place.spool.replay, args=(write,))
+    replay.start()
+    assert reading.wait(30)
+    assert finished_in_time(place.erase, go_on) is False
+    replay.join(30)
+    assert place.ids() == {"other", "nobody"} and place.spool.pending() == 0
+
+
+def test_a_picture_being_written_again_for_another_patient_is_not_removed(place, monkeypatch):
+    log = PredictionLog(f"sqlite:///{place.folder}/store.db", str(place.folder / "images"), str(place.folder / "spool"))
+    on_disk, go_on = threading.Event(), threading.Event()
+    insert = Store.insert_predictions
+
+    def wait_and_insert(store, rows, image_rows):
+        on_disk.set()
+        assert go_on.wait(30)
+        return insert(store, rows, image_rows)
+
+    monkeypatch.setattr(Store, "insert_predictions", wait_and_insert)
+    record = PredictionRecord(
+        id="again", patient_hmac=OTHER, image_hash=name_of(OWN), model_version="1", context="none"
+    )
+    writer = threading.Thread(target=log.write, args=([record], {name_of(OWN): OWN}))
+    writer.start()
+    assert on_disk.wait(30)
+    assert finished_in_time(place.erase, go_on) is False
+    writer.join(30)
+    assert place.ids() == {"other", "nobody", "again"}
+    assert place.has(OWN) and place.store.image_suffix(name_of(OWN)) == ".jpg"
+    log.store.close()
