@@ -141,6 +141,7 @@ def test_filters_reach_the_log(served):
         ({"cursor": "WzEsMl0"}, "cursor: damaged"),  # [1,2]: an alarm's
         ({"cursor": "WzksIlx1MDAwMCJd"}, "cursor: damaged"),  # an id of NUL
         ({"cursor": "WzkyMjMzNzIwMzY4NTQ3NzU4MDgsImEiXQ"}, "cursor: damaged"),  # [2**63, "a"]
+        ({"cursor": "WzUsICJhIl0"}, "cursor: damaged"),  # [5, "a"] with a space
         ({"limit": 0}, "limit"),
         ({"limit": 201}, "limit"),
         ({"limit": 10**30}, "limit"),

@@ -31,7 +31,7 @@ def test_pages_neither_skip_nor_repeat_while_rows_of_the_same_time_arrive(store)
     first = [prediction_row(f"m{index:02d}", received_at=1_000 + index // 6) for index in range(20)]
     store.insert_predictions(first)
     seen, after, number = [], None, 0
-    while page := predictions_page(store, PredictionFilter(), after, 3):
+    while (page := predictions_page(store, PredictionFilter(), after, 3)) and number < 100:
         seen += [(row["received_at"], row["id"]) for row in page]
         after = seen[-1]
         # Of the very time at which this page ended, on both sides of its last id, and newer ones.
