@@ -165,18 +165,22 @@ class PredictionLog:
 
     def _write_rows(self, rows: list[dict[str, Any]], images: Mapping[str, bytes]) -> int:
         try:
-            hashes = self.image_files.put_many(images.values())
+            # Shared: an erasure may not remove a file between its writing and the row that needs it.
+            with self.image_files.locked(exclusive=False):
+                hashes = self.image_files.put_many(images.values())
+                wrong = [given for given, real in zip(images, hashes, strict=True) if given != real]
+                if wrong:
+                    raise ValueError(
+                        f"image {wrong[0]} does not hash to its name; expected the SHA-256 of the stored bytes"
+                    )
+                stored_at = now_us()
+                image_rows = [
+                    {"hash": name, "suffix": image_suffix(data), "num_bytes": len(data), "stored_at": stored_at}
+                    for name, data in images.items()
+                ]
+                return self.store.insert_predictions(rows, image_rows)
         except OSError as error:
             raise StoreUnavailableError(f"images cannot be written to {self.image_files.url}: {error}") from error
-        wrong = [given for given, real in zip(images, hashes, strict=True) if given != real]
-        if wrong:
-            raise ValueError(f"image {wrong[0]} does not hash to its name; expected the SHA-256 of the stored bytes")
-        stored_at = now_us()
-        image_rows = [
-            {"hash": name, "suffix": image_suffix(data), "num_bytes": len(data), "stored_at": stored_at}
-            for name, data in images.items()
-        ]
-        return self.store.insert_predictions(rows, image_rows)
 
 
 def read_window(store: Store, start_us: int, end_us: int, role: str = "champion") -> pd.DataFrame:

@@ -24,9 +24,14 @@ def problem_response(error: ApiError) -> JSONResponse:
 def _validation_problem(error: RequestValidationError) -> ApiError:
     parts = []
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"][1:]) or "body"
+        field = ".".join(_name(str(part)) for part in item["loc"][1:]) or "body"
         parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
     return invalid_field("; ".join(parts))
+
+
+def _name(text: str) -> str:
+    """A field's name as the client spelt it, on one line and not at any length."""
+    return (text if text.isprintable() else repr(text))[:60]
 
 
 def _http_problem(error: HTTPException) -> ApiError:

@@ -13,18 +13,23 @@ from starlette.types import ASGIApp
 
 from serve.access import AccessGuard
 from serve.admission import Admission, AdmissionGuard
+from serve.alarm_routes import add_alarm_routes
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.http_errors import add_error_handlers
 from serve.key_ring import KeyRing
+from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
+from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
+from serve.record_routes import add_record_routes
+from serve.records import RecordService
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
@@ -42,8 +47,13 @@ class _Api(FastAPI):
         return SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
 
 
-def build_api(service: PredictionService, keys: KeyRing | None = None, buckets: TokenBuckets | None = None) -> FastAPI:
-    """The routes around a service; it must have a model before the first request.
+def build_api(
+    service: PredictionService,
+    records: RecordService,
+    keys: KeyRing | None = None,
+    buckets: TokenBuckets | None = None,
+) -> FastAPI:
+    """The routes around a service, which must have a model before the first request, and around its log.
 
     Args:
         keys: who may call; None leaves the service open.
@@ -78,6 +88,10 @@ def build_api(service: PredictionService, keys: KeyRing | None = None, buckets: 
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
+    add_record_routes(api, records)
+    add_label_routes(api, service, records)
+    add_alarm_routes(api, records)
+    add_patient_routes(api, records)
     _add_model_routes(api, service, keys)
     add_docs(api, with_keys=keys is not None)
     return api
@@ -135,9 +149,10 @@ class Ingress:
         )
         patient_key = Path(config.storage.patient_key_file).read_bytes()
         self.service = PredictionService(scoring, self._log, config.ingress, patient_key)
+        self._records = RecordService(log, patient_key, config.ingress.retry_after_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.service, self._keys, self._buckets)
+        return build_api(self.service, self._records, self._keys, self._buckets)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""

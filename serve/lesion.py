@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,8 @@ MAX_FIELD_LENGTH = 255
 # Room for "/<index>", which a batch appends for each of its items.
 _KEY = re.compile(r"[!-~]{1,200}")
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_NOT_IN_LINES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 
 
@@ -119,39 +120,61 @@ def parse_metadata(metadata: Any, task: TaskSpec) -> dict[str, float | str | Non
     return record
 
 
-def parse_text(value: str | None, field: str) -> str | None:
-    """An optional text field of at most 255 printable characters; blank counts as absent.
+def parse_text(
+    value: str | None, field: str, max_length: int = MAX_FIELD_LENGTH, multiline: bool = False
+) -> str | None:
+    """An optional text field of at most `max_length` printable characters; blank counts as absent.
+
+    Args:
+        multiline: line breaks and tabs are allowed.
 
     Raises:
         ApiError: 422 naming the field.
     """
     text = (value or "").strip()
-    if len(text) > MAX_FIELD_LENGTH:
-        raise invalid_field(f"{field}: {len(text)} characters; expected at most {MAX_FIELD_LENGTH}")
-    if _NOT_PRINTABLE.search(text):
+    if len(text) > max_length:
+        raise invalid_field(f"{field}: {len(text)} characters; expected at most {max_length}")
+    if (_NOT_IN_LINES if multiline else _NOT_PRINTABLE).search(text):
         raise invalid_field(f"{field}: {text!r}; expected text without control characters")
     return text or None
 
 
-def parse_acquired_at(value: str | None) -> int | None:
-    """ISO 8601 date and time as microseconds since the epoch; without an offset it is UTC.
+def parse_time(value: str | None, field: str) -> int | None:
+    """ISO 8601 date and time, 1970 to 9999, as microseconds since the epoch; without an offset it is UTC.
+
+    Raises:
+        ApiError: 422 naming the field.
+    """
+    text = parse_text(value, field)
+    if text is None:
+        return None
+    expected = "expected an ISO 8601 time such as 2024-05-01T09:30:00Z, from 1970 on"
+    try:
+        moment = datetime.fromisoformat(text)
+        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        microseconds = (moment - EPOCH) // timedelta(microseconds=1)
+    except (ValueError, OverflowError) as error:
+        raise invalid_field(f"{field}: {text!r}; {expected}") from error
+    if microseconds < 0:
+        raise invalid_field(f"{field}: {text!r}; {expected}")
+    return microseconds
+
+
+def parse_past_time(value: str | None, field: str) -> int | None:
+    """`parse_time` of something that has happened; a day ahead is left for clocks and time zones.
 
     Raises:
         ApiError: 422 for another format, a time before 1970, or one over a day ahead.
     """
-    text = parse_text(value, "acquired_at")
-    if text is None:
-        return None
-    expected = "expected an ISO 8601 time such as 2024-05-01T09:30:00Z"
-    try:
-        moment = datetime.fromisoformat(text)
-        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-        microseconds = math.floor(moment.timestamp() * 1e6)
-    except (ValueError, OverflowError) as error:
-        raise invalid_field(f"acquired_at: {text!r}; {expected}") from error
-    if not 0 <= microseconds <= now_us() + _DAY_US:
-        raise invalid_field(f"acquired_at: {text!r}; {expected}, from 1970 to now")
+    microseconds = parse_time(value, field)
+    if microseconds is not None and microseconds > now_us() + _DAY_US:
+        raise invalid_field(f"{field}: {value!r}; expected a time that has come")
     return microseconds
+
+
+def parse_acquired_at(value: str | None) -> int | None:
+    """`parse_past_time` of the field `acquired_at`."""
+    return parse_past_time(value, "acquired_at")
 
 
 def parse_key(value: str | None) -> str | None:

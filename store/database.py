@@ -195,9 +195,10 @@ class Store:
 
     def raise_alarm(self, row: dict[str, Any]) -> bool:
         """Stores an alarm unless its `dedupe_key` is known; returns whether it is new."""
+        # RETURNING, because with an id that the database gives, psycopg has no row count.
         statement = self._insert(alarms).values(**{"raised_at": now_us(), **row})
         with self.writing() as connection:
-            return connection.execute(statement.on_conflict_do_nothing()).rowcount == 1
+            return connection.execute(statement.on_conflict_do_nothing().returning(alarms.c.id)).first() is not None
 
     def alarms(self, unacknowledged_only: bool = False) -> list[dict[str, Any]]:
         """Alarms, newest first."""

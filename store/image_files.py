@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import struct
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ _JPEG_START, _PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # Inside entropy-coded data an 0xFF is followed by 0x00 or a restart marker; anything else ends the data.
 _SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ORIENTATION_TAG = 0x0112
+SUFFIXES = (".jpg", ".png")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,50 @@ class ImageFiles:
         with fsspec.open(self.path(image_hash, suffix), "rb") as file:
             return file.read()
 
+    def remove(self, image_hash: str) -> bool:
+        """Removes an image, whatever its suffix, and what an interrupted write left of it; False where none was.
+
+        A bucket that keeps versions keeps the removed one: turn versioning off, or expire versions.
+        """
+        found = False
+        for suffix in SUFFIXES:
+            path = self.path(image_hash, suffix)
+            if self._local:
+                found |= _remove_local(Path(path))
+            else:
+                filesystem, remote = fsspec.core.url_to_fs(path)
+                if filesystem.exists(remote):
+                    filesystem.rm_file(remote)
+                    found = True
+        return found
+
+    @contextmanager
+    def locked(self, exclusive: bool) -> Iterator[None]:
+        """Keeps removal apart from writing: who writes an image, then the row that names it, holds the lock shared; who
+        removes an image that no row names holds it exclusive. Local paths only, between processes too.
+
+        A URL has no lock: there, a picture that is uploaded again for another patient in the moment in which it is
+        erased may lose its file.
+        """
+        if not self._local:
+            yield
+            return
+        root = Path(self.url)
+        root.mkdir(parents=True, exist_ok=True)
+        with folder_lock(root, exclusive):
+            yield
+
+
+@contextmanager
+def folder_lock(folder: Path, exclusive: bool = True) -> Iterator[None]:
+    """Holds an advisory lock on a folder, against other threads and processes of this machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
 
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder durable: a rename is on disk only after its folder is synced."""
@@ -207,3 +254,16 @@ def _write_local(path: Path, data: bytes) -> set[Path]:
     if not path.exists():
         write_synced(path, data)
     return folders
+
+
+def _remove_local(path: Path) -> bool:
+    if not path.parent.exists():
+        return False
+    found = path.exists()
+    path.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+        found = True
+    if found:
+        sync_folder(path.parent)
+    return found

@@ -11,11 +11,12 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from store.image_files import sync_folder, write_synced
+from store.image_files import folder_lock, sync_folder, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +60,73 @@ class Spool:
         """
         written = 0
         for path in self._files():
-            try:
-                text = path.read_bytes()
-            except FileNotFoundError:
-                continue  # another process replayed it
-            rows, images, unreadable = _decode(text)
-            refused = _write_all(write, rows, images)
-            written += len(rows) - refused
-            if unreadable or refused:
-                logger.error(
-                    "%s: %d lines unreadable, %d rows refused; kept as .damaged", path.name, unreadable, refused
-                )
-                path.replace(path.with_suffix(".damaged"))
-            else:
-                path.unlink(missing_ok=True)
+            # An erasure that came between reading and writing would find the rows nowhere.
+            with self.locked():
+                written += _replay_file(path, write)
         return written
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps replay and erasure apart; appending needs no lock."""
+        if not self.directory.exists():
+            yield
+            return
+        with folder_lock(self.directory):
+            yield
+
+    def patient_rows(self, patient_hmac: str) -> tuple[int, set[str]]:
+        """How many rows of a patient wait or were kept as damaged, and the hashes of their images."""
+        erased = [_without_patient(path.read_bytes(), patient_hmac) for path in self._all_files()]
+        return sum(item.num_rows for item in erased), {name for item in erased for name in item.image_hashes}
+
+    def erase_patient(self, patient_hmac: str) -> None:
+        """Rewrites the batches without a patient's rows and without the images that only these rows used.
+
+        Call it under `locked`. Damaged batches and what an interrupted append left are searched too; there, an
+        unreadable line is removed if it holds the pseudonym.
+
+        Raises:
+            OSError: a file cannot be read or written; call it again.
+        """
+        for path in self._all_files():
+            data = path.read_bytes()
+            kept = _without_patient(data, patient_hmac).kept
+            if kept != data:
+                if kept:
+                    write_synced(path, kept)
+                else:
+                    path.unlink(missing_ok=True)
+        for path in self.directory.glob(".*.tmp"):
+            try:
+                holds = patient_hmac.encode() in path.read_bytes()
+            except FileNotFoundError:
+                continue  # an append that ended meanwhile; its request came during the erasure
+            if holds:
+                path.unlink(missing_ok=True)
+        if self.directory.exists():
+            sync_folder(self.directory)
+
+    def _all_files(self) -> list[Path]:
+        return self._files() + sorted(self.directory.glob("*.damaged"))
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("*.spool"))
+
+
+def _replay_file(path: Path, write: Write) -> int:
+    """Writes one batch and removes it, or keeps it as `*.damaged`; returns the rows written."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return 0  # another process replayed it
+    rows, images, unreadable = _decode(content)
+    refused = _write_all(write, rows, images)
+    if unreadable or refused:
+        logger.error("%s: %d lines unreadable, %d rows refused; kept as .damaged", path.name, unreadable, refused)
+        path.replace(path.with_suffix(".damaged"))
+    else:
+        path.unlink(missing_ok=True)
+    return len(rows) - refused
 
 
 def _write_all(write: Write, rows: list[dict[str, Any]], images: dict[str, bytes]) -> int:
@@ -117,3 +167,41 @@ def _decode(content: bytes) -> tuple[list[dict[str, Any]], dict[str, bytes], int
         except (ValueError, KeyError, TypeError, AttributeError):
             unreadable += 1
     return rows, images, unreadable
+
+
+class _Erased(NamedTuple):
+    kept: bytes
+    num_rows: int
+    image_hashes: set[str]
+
+
+def _without_patient(content: bytes, patient_hmac: str) -> _Erased:
+    """A batch without a patient's lines: what is left, how many rows went, and the images that they named."""
+    lines = content.splitlines(keepends=True)
+    pseudonym = patient_hmac.encode()
+    theirs, named, others = set(), set(), set()
+    image_lines: dict[int, str] = {}
+    unreadable = []
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line)
+            if "image" in entry:
+                image_lines[number] = str(entry["image"])
+                continue
+            row = entry["row"]
+            mine, image_hash = row.get("patient_hmac") == patient_hmac, row.get("image_hash")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unreadable.append(number)
+            if pseudonym in line:
+                theirs.add(number)
+            continue
+        if mine:
+            theirs.add(number)
+        if image_hash is not None:
+            (named if mine else others).add(image_hash)
+    num_rows = len(theirs)
+    only_theirs = named - others
+    theirs |= {number for number, name in image_lines.items() if name in only_theirs}
+    theirs |= {number for number in unreadable if any(name.encode() in lines[number] for name in only_theirs)}
+    kept = b"".join(line for number, line in enumerate(lines) if number not in theirs)
+    return _Erased(kept, num_rows, named)

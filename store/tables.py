@@ -81,6 +81,8 @@ predictions = Table(
     UniqueConstraint("caller", "idempotency_key"),
     Index("ix_predictions_role_received_at", "role", "received_at"),
     Index("ix_predictions_patient_hmac", "patient_hmac"),
+    # Erasure asks which pictures other records use.
+    Index("ix_predictions_image_hash", "image_hash"),
 )
 
 images = Table(
@@ -100,7 +102,7 @@ labels = Table(
     Column("label", String(64), nullable=False),
     Column("malignant", Boolean, nullable=False),
     Column("labeller", String(255), nullable=False),
-    Column("labelled_at", BigInteger, nullable=False),
+    Column("labelled_at", BigInteger, nullable=False, index=True),
     Column("confidence", Float),
     Column("comment", Text),
     Column("supersedes", BigInteger),
@@ -119,6 +121,9 @@ alarms = Table(
     Column("detail", _Json, nullable=False),
     Column("acknowledged_at", BigInteger),
     Column("acknowledged_by", String(255)),
+    Index("ix_alarms_raised_at", "raised_at"),
+    Index("ix_alarms_kind_raised_at", "kind", "raised_at"),
+    Index("ix_alarms_acknowledged_at_raised_at", "acknowledged_at", "raised_at"),
 )
 
 drift_reports = Table(
@@ -140,6 +145,7 @@ drift_reports = Table(
     Column("report", Text),
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("window_start", "window_end", "model_version", "reference", "label_watermark"),
+    Index("ix_drift_reports_model_version_window_end", "model_version", "window_end"),
 )
 DRIFT_KEY = tuple(
     drift_reports.c[name] for name in ("window_start", "window_end", "model_version", "reference", "label_watermark")
@@ -210,7 +216,7 @@ audit = Table(
     Column("at", BigInteger, nullable=False),
     Column("actor", String(255), nullable=False),
     Column("action", String(64), nullable=False),
-    Column("subject", String(255), nullable=False),
+    Column("subject", String(255), nullable=False, index=True),
     Column("detail", _Json, nullable=False),
     Column("previous_hash", String(64), nullable=False),
     Column("hash", String(64), nullable=False, unique=True),

@@ -18,6 +18,7 @@ from serve.errors import unavailable
 from serve.ingress import NOTICE_HEADER, build_api
 from serve.lesion_scoring import LesionScoring
 from serve.prediction_service import PredictionService
+from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
 from tests.bundle_factory import (
@@ -71,7 +72,8 @@ class Served:
         scoring = LesionScoring(*nodes, LIMITS, IngressSettings(), max_batch_size=4)
         self.service = PredictionService(scoring, durable, IngressSettings(), b"a test's secret")
         self.service.use_model(ServedModel.load(reference))
-        self.client = TestClient(build_api(self.service), raise_server_exceptions=False)
+        self.records = RecordService(self.log, b"a test's secret", retry_after_s=2)
+        self.client = TestClient(build_api(self.service, self.records), raise_server_exceptions=False)
 
     def predict(self, image=None, key=None, **form):
         headers = {} if key is None else {"Idempotency-Key": key}

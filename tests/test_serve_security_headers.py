@@ -55,7 +55,7 @@ def test_every_answer_has_the_headers_also_refusals_and_failures(guarded, monkey
     async def fail(images):
         raise RuntimeError
 
-    monkeypatch.setattr(guarded.service._scorer, "score", fail)
+    monkeypatch.setattr(guarded.service.scoring.scorer, "score", fail)
     answers[500] = guarded.predict(guarded.keys["caller"])
     for status, response in answers.items():
         assert response.status_code == status
@@ -102,6 +102,8 @@ def test_an_answers_own_header_stays():
 
 
 def test_an_open_service_has_them_too(guarded):
-    response = TestClient(build_api(guarded.service)).post("/v1/predict", files={"image": ("x", lesion_image())})
+    response = TestClient(build_api(guarded.service, guarded.records)).post(
+        "/v1/predict", files={"image": ("x", lesion_image())}
+    )
     assert response.status_code == 200
     assert response.headers["X-Content-Type-Options"] == "nosniff"

@@ -1,0 +1,332 @@
+"""Requests and answers of the routes around the log, as models with examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal
+
+from fastapi import Path
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitoring.prediction_log import QUALITY_NAMES
+from serve.api import PROBLEMS, Problem
+from serve.errors import invalid_field
+from serve.lesion import EPOCH, parse_text, parse_time
+from store.prediction_records import PredictionFilter
+
+BAD_JSON = {"model": Problem, "description": "the body is not JSON"}
+NOT_FOUND = {"model": Problem, "description": "nothing is stored under this id, or no longer"}
+UNAVAILABLE = {"model": Problem, "description": "the store does not answer; send the same request after Retry-After"}
+READ_PROBLEMS: dict[int | str, dict[str, Any]] = {422: PROBLEMS[422], 503: UNAVAILABLE}
+ITEM_PROBLEMS: dict[int | str, dict[str, Any]] = {404: NOT_FOUND, **READ_PROBLEMS}
+BODY_PROBLEMS: dict[int | str, dict[str, Any]] = {400: BAD_JSON, 413: PROBLEMS[413], **ITEM_PROBLEMS}
+
+PredictionId = Annotated[str, Path(pattern=r"^[!-.0-~]{1,64}$", examples=["6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e"])]
+Cursor = Annotated[str | None, Field(description="next_cursor of the page before; none: the newest")]
+Limit = Annotated[int, Field(ge=1, le=200, description="items per page")]
+
+_LABEL = {
+    "id": 12,
+    "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
+    "label": "malignant",
+    "malignant": True,
+    "labeller": "Dr Weber",
+    "labelled_at": "2024-05-03T10:12:00Z",
+    "confidence": 0.9,
+    "comment": "confirmed by histology",
+    "supersedes": None,
+}
+_RECORD = {
+    "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
+    "received_at": "2024-05-01T09:30:00.123456Z",
+    "acquired_at": "2024-05-01T09:28:11Z",
+    "caller": "clinic",
+    "role": "champion",
+    "patient_hmac": "5d5d139563c95b5967b9bd9a8c9b233a9dedb45072794cd232dc1b74832607d0",
+    "institution": "clinic",
+    "device": "dermatoscope",
+    "image_hash": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "model_version": "3",
+    "context": "none",
+    "metadata": {"age_approx": 60.0},
+    "image_score": 0.62,
+    "class_probabilities": {"benign": 0.9588, "malignant": 0.0412},
+    "risk": 0.0412,
+    "band": "moderate",
+    "threshold": 0.0105,
+    "abstained": False,
+    "reasons": [],
+    "quality": {"brightness": 0.61, "contrast": 0.12, "blur": 2.1, "red": 0.7, "green": 0.5, "blue": 0.4},
+    "stage_ms": {"decode": 0.6, "score": 6.1, "fuse": 1.9, "total": 8.9},
+    "labelled": True,
+}
+_ALARM = {
+    "id": 4,
+    "kind": "missed_cancer",
+    "severity": "critical",
+    "raised_at": "2024-05-03T10:12:00Z",
+    "model_version": "3",
+    "message": "missed cancer: prediction 6f1c... of model 3 has risk 0.002, below its threshold 0.0105, and is "
+    "labelled malignant",
+    "detail": {"prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e", "risk": 0.002, "threshold": 0.0105},
+    "acknowledged_at": None,
+    "acknowledged_by": None,
+}
+
+
+def utc(microseconds: int | None) -> datetime | None:
+    """A stored time as a datetime in UTC; None stays None."""
+    return None if microseconds is None else EPOCH + timedelta(microseconds=microseconds)
+
+
+def _example(value: dict[str, Any], **config: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [value]}, protected_namespaces=(), **config)
+
+
+class PredictionQuery(BaseModel):
+    """Filters of a page of records; all given ones hold."""
+
+    model_config = _example({"from": "2024-05-01", "abstained": False, "limit": 20}, extra="forbid")
+
+    from_: str | None = Field(None, alias="from", description="received then or later; ISO 8601, UTC without offset")
+    to: str | None = Field(None, description="received before; ISO 8601")
+    model_version: str | None = None
+    band: Literal["low", "moderate", "high"] | None = None
+    abstained: bool | None = None
+    context: Literal["image_only", "none", "patient"] | None = None
+    institution: str | None = None
+    device: str | None = None
+    patient_id: str | None = Field(None, description="hashed before the log is searched")
+    role: Literal["champion", "shadow"] = "champion"
+    labelled: bool | None = Field(None, description="whether an expert has labelled it")
+    min_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    max_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    cursor: Cursor = None
+    limit: Limit = 50
+
+    def to_filter(self, pseudonym: Any) -> PredictionFilter:
+        """The store's filter.
+
+        Args:
+            pseudonym: gives a patient's HMAC.
+
+        Raises:
+            ApiError: 422 naming the field.
+        """
+        from_us, to_us = parse_time(self.from_, "from"), parse_time(self.to, "to")
+        if from_us is not None and to_us is not None and to_us < from_us:
+            raise invalid_field(f"to: {self.to!r} is before from {self.from_!r}; expected the later time")
+        if self.min_risk is not None and self.max_risk is not None and self.max_risk < self.min_risk:
+            raise invalid_field(f"max_risk: {self.max_risk} is below min_risk; expected at least {self.min_risk}")
+        patient_id = parse_text(self.patient_id, "patient_id")
+        return PredictionFilter(
+            role=self.role,
+            from_us=from_us,
+            to_us=to_us,
+            model_version=parse_text(self.model_version, "model_version"),
+            band=self.band,
+            abstained=self.abstained,
+            context=self.context,
+            institution=parse_text(self.institution, "institution"),
+            device=parse_text(self.device, "device"),
+            patient_hmac=None if patient_id is None else pseudonym(patient_id),
+            labelled=self.labelled,
+            min_risk=self.min_risk,
+            max_risk=self.max_risk,
+        )
+
+
+class LoggedPrediction(BaseModel):
+    """One record of the log, without its embedding."""
+
+    model_config = _example(_RECORD)
+
+    prediction_id: str
+    received_at: datetime
+    acquired_at: datetime | None
+    caller: str
+    role: Literal["champion", "shadow"]
+    patient_hmac: str | None = Field(description="pseudonym: equal for the records of one patient")
+    institution: str | None
+    device: str | None
+    image_hash: str | None
+    model_version: str
+    context: Literal["image_only", "none", "patient"]
+    metadata: dict[str, Any]
+    image_score: float | None
+    class_probabilities: dict[str, float] | None = Field(
+        description="of an abstained picture: what it would have been given; for review only"
+    )
+    risk: float | None
+    band: Literal["low", "moderate", "high"] | None
+    threshold: float | None
+    abstained: bool
+    reasons: list[str]
+    quality: dict[str, float | None] = Field(description=f"of the whole picture: {', '.join(QUALITY_NAMES)}")
+    stage_ms: dict[str, float]
+    labelled: bool
+
+    @classmethod
+    def fields_of(cls, row: Mapping[str, Any], labelled: bool) -> dict[str, Any]:
+        """A row of the store under the answer's names."""
+        return {
+            **{name: row[name] for name in LoggedPrediction.model_fields if name in row},
+            "prediction_id": row["id"],
+            "received_at": utc(row["received_at"]),
+            "acquired_at": utc(row["acquired_at"]),
+            "quality": {name: row[name] for name in QUALITY_NAMES},
+            "labelled": labelled,
+        }
+
+
+class Label(BaseModel):
+    """One stored label; a labeller's later label supersedes the one before it."""
+
+    model_config = _example(_LABEL)
+
+    id: int
+    prediction_id: str
+    label: str
+    malignant: bool
+    labeller: str
+    labelled_at: datetime
+    confidence: float | None
+    comment: str | None
+    supersedes: int | None = Field(description="id of the same labeller's label that this one corrects")
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Label:
+        return cls(**{**row, "labelled_at": utc(row["labelled_at"])})
+
+
+class LabelledPrediction(LoggedPrediction):
+    """One record with its labels, oldest first."""
+
+    model_config = _example({**_RECORD, "labels": [_LABEL]})
+
+    labels: list[Label]
+
+
+class PredictionPage(BaseModel):
+    """Records, newest first."""
+
+    model_config = _example({"items": [_RECORD], "next_cursor": "WzE3MTQ1NTU4MDAwMDAwMDAsImFiIl0"})
+
+    items: list[LoggedPrediction]
+    next_cursor: str | None = Field(description="cursor of the next page; null: this is the last")
+
+
+class LabelRequest(BaseModel):
+    """An expert's label."""
+
+    model_config = _example(
+        {name: _LABEL[name] for name in ("prediction_id", "label", "labeller", "confidence", "comment")},
+        extra="forbid",
+    )
+
+    prediction_id: str = Field(pattern=r"^[!-.0-~]{1,64}$")
+    label: str = Field(max_length=64, description="one of the model's classes; see /v1/model")
+    labeller: str | None = Field(None, description="who says so; default: the caller")
+    confidence: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    comment: str | None = Field(None, description="at most 2000 characters")
+    labelled_at: str | None = Field(None, description="ISO 8601; UTC without an offset; default: now")
+
+
+class AcknowledgeRequest(BaseModel):
+    """What there is to say to an acknowledged alarm."""
+
+    model_config = _example({"comment": "patient was called in"}, extra="forbid")
+
+    comment: str | None = Field(None, description="at most 2000 characters")
+
+
+class Alarm(BaseModel):
+    """One alarm; `detail` has the acknowledgement's comment under `acknowledgement`."""
+
+    model_config = _example(_ALARM)
+
+    id: int
+    kind: str
+    severity: str
+    raised_at: datetime
+    model_version: str | None
+    message: str
+    detail: dict[str, Any]
+    acknowledged_at: datetime | None
+    acknowledged_by: str | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Alarm:
+        times = {name: utc(row[name]) for name in ("raised_at", "acknowledged_at")}
+        return cls(**{**{name: row[name] for name in cls.model_fields}, **times})
+
+
+class AlarmPage(BaseModel):
+    """Alarms, newest first."""
+
+    model_config = _example({"items": [_ALARM], "next_cursor": None})
+
+    items: list[Alarm]
+    next_cursor: str | None
+
+
+class HourCount(BaseModel):
+    """Records of one hour that begins at `start`."""
+
+    start: datetime
+    predictions: int
+    abstained: int
+
+
+class DriftState(BaseModel):
+    """The latest drift report of one model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: str
+    window_start: datetime
+    window_end: datetime
+    status: str
+    alarm: bool
+    drifted: list[str]
+
+
+class MonitoringSummary(BaseModel):
+    """What the service did in the last hours, champion's records only."""
+
+    start: datetime
+    end: datetime
+    predictions: int
+    abstained: int
+    by_band: dict[str, int]
+    by_model_version: dict[str, int]
+    abstention_reasons: dict[str, int] = Field(description="one record may have several")
+    per_hour: list[HourCount] = Field(description="oldest first; the last ends now")
+    total_ms: dict[str, float] | None = Field(
+        description="mean, median and p95 of the time to the commit, over the newest 10000 records of the window"
+    )
+    drift: list[DriftState] = Field(description="latest report per model, also from before the window")
+    unacknowledged_alarms: dict[str, int] = Field(description="by kind, also from before the window")
+    labels: int = Field(description="labels dated within the window")
+    missed_cancers: int = Field(description="alarms raised within the window")
+
+
+class ErasureReport(BaseModel):
+    """What a call removed; all zero where nothing was left."""
+
+    model_config = _example(
+        {
+            "counts": {"alarms": 1, "labels": 2, "predictions": 3, "spooled": 0, "images": 3},
+            "image_files": 3,
+            "log_emptied": True,
+        }
+    )
+
+    counts: dict[str, int] = Field(
+        description="rows removed, by table; `alarms`: whose detail was blanked; `spooled`: records on their way"
+    )
+    image_files: int = Field(description="files removed, also those that an interrupted call left")
+    log_emptied: bool = Field(
+        description="false: a reader held SQLite's write-ahead log, which still has the rows; send the request again"
+    )

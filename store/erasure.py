@@ -1,0 +1,194 @@
+"""Erases a patient: rows first, in one transaction with the audit entry that lists the files still to be removed.
+
+Whatever interrupts it, the same call again finishes it. SQLite overwrites deleted rows (`secure_delete`), and its
+write-ahead log is emptied at the end. PostgreSQL keeps dead rows until its autovacuum comes by, and its write-ahead log
+as long as its archive says; backups of either are the operator's.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import sqlalchemy as sql
+from sqlalchemy.engine import Connection
+
+from store.connection import ADVISORY_LOCK
+from store.database import Store, StoreUnavailableError
+from store.image_files import ImageFiles
+from store.labels import MISSED_CANCER
+from store.spool import Spool
+from store.tables import alarms, audit, images, labels, predictions
+
+logger = logging.getLogger(__name__)
+
+ROWS_ERASED, FILES_REMOVED = "erase_patient", "erase_patient_files"
+# Hashes per statement, below the fewest parameters that either database takes; and files per hold of the lock.
+_CHUNK = 200
+
+
+@dataclass(frozen=True)
+class ErasedElsewhere:
+    """What a hook removed: rows of `table`, and the hashes of images that these rows may have been the last to use."""
+
+    table: str
+    num_rows: int
+    image_hashes: frozenset[str] = frozenset()
+
+
+EraseHook = Callable[[Connection, str], ErasedElsewhere]
+"""Removes one more table's rows of a patient, given the erasure's transaction and the patient's pseudonym."""
+
+
+@dataclass
+class Erasure:
+    """What one call removed.
+
+    Attributes:
+        counts: removed predictions, labels and images (rows), spooled rows, alarms whose detail was blanked, and rows
+            of hooks, by name.
+        image_files: files removed, also such as an interrupted call left behind.
+        log_emptied: False while a reader keeps SQLite from emptying its write-ahead log, in which deleted bytes remain.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    image_files: int = 0
+    log_emptied: bool = True
+
+
+class PatientErasure:
+    """Erases patients from a store, its images and this machine's spool.
+
+    Args:
+        hooks: further tables that hold something of patients.
+    """
+
+    def __init__(self, store: Store, image_files: ImageFiles, spool: Spool, hooks: Sequence[EraseHook] = ()):
+        self._store = store
+        self._image_files = image_files
+        self._spool = spool
+        self._hooks = hooks
+
+    def erase(self, patient_hmac: str, actor: str) -> Erasure:
+        """Removes everything of a patient; a second call finds nothing and leaves no second entry.
+
+        Raises:
+            StoreUnavailableError: interrupted; the same call again finishes it.
+        """
+        try:
+            # No replay between the rows and the spool, or it would bring rows back.
+            with self._spool.locked(), self._image_files.locked(exclusive=True):
+                counts = self._erase_rows(patient_hmac, actor)
+                self._spool.erase_patient(patient_hmac)
+            files = self._remove_files(patient_hmac, actor)
+        except OSError as error:
+            raise StoreUnavailableError(f"erasure is not finished: {error}") from error
+        return Erasure(counts, files, empty_write_ahead_log(self._store))
+
+    def _erase_rows(self, patient_hmac: str, actor: str) -> dict[str, int]:
+        # Also of rows that only the spool holds: their image may have been written before the row was refused.
+        num_spooled, hashes = self._spool.patient_rows(patient_hmac)
+        with self._store.writing() as connection:
+            if self._store.engine.dialect.name == "postgresql":
+                # Two erasures at once would each leave a shared image to the other.
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK + 1)))
+            elsewhere = [hook(connection, patient_hmac) for hook in self._hooks]
+            theirs = predictions.c.patient_hmac == patient_hmac
+            ids = sql.select(predictions.c.id).where(theirs)
+            query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
+            hashes |= set(connection.execute(query.distinct()).scalars())
+            hashes = hashes.union(*(item.image_hashes for item in elsewhere))
+            counts = {
+                "alarms": _blank_alarms(connection, ids),
+                "labels": connection.execute(sql.delete(labels).where(labels.c.prediction_id.in_(ids))).rowcount,
+                "predictions": connection.execute(sql.delete(predictions).where(theirs)).rowcount,
+                "spooled": num_spooled,
+                **{item.table: item.num_rows for item in elsewhere},
+            }
+            unused = sorted(hashes - images_in_use(connection, hashes))
+            counts["images"] = sum(
+                connection.execute(sql.delete(images).where(images.c.hash.in_(chunk))).rowcount
+                for chunk in _chunks(unused)
+            )
+            if any(counts.values()):
+                detail = {"counts": counts, "image_hashes": unused}
+                self._store._append_audit(connection, actor, ROWS_ERASED, _subject(patient_hmac), detail)
+        return counts
+
+    def _remove_files(self, patient_hmac: str, actor: str) -> int:
+        pending, through = self._pending_files(patient_hmac)
+        if through is None:
+            return 0
+        removed = 0
+        for chunk in _chunks(sorted(pending)):
+            with self._image_files.locked(exclusive=True):
+                with self._store.reading() as connection:
+                    used = images_in_use(connection, chunk)
+                removed += sum(self._image_files.remove(name) for name in chunk if name not in used)
+        detail = {"image_files": removed, "through": through}
+        self._store.append_audit(actor, FILES_REMOVED, _subject(patient_hmac), detail)
+        return removed
+
+    def _pending_files(self, patient_hmac: str) -> tuple[set[str], int | None]:
+        """Images of erased rows whose files are not known to be gone, and the last audit entry that lists some."""
+        query = (
+            sql.select(audit.c.id, audit.c.action, audit.c.detail)
+            .where(audit.c.subject == _subject(patient_hmac), audit.c.action.in_([ROWS_ERASED, FILES_REMOVED]))
+            .order_by(audit.c.id)
+        )
+        with self._store.reading() as connection:
+            entries = connection.execute(query).all()
+        done = max((detail["through"] for _, action, detail in entries if action == FILES_REMOVED), default=0)
+        open_entries = [(id_, detail) for id_, action, detail in entries if action == ROWS_ERASED and id_ > done]
+        hashes = {name for _, detail in open_entries for name in detail["image_hashes"]}
+        return hashes, open_entries[-1][0] if open_entries else None
+
+
+def _subject(patient_hmac: str) -> str:
+    return f"patient/{patient_hmac}"
+
+
+def _blank_alarms(connection: Connection, prediction_ids: sql.Select) -> int:
+    """Takes what missed-cancer alarms say of the predictions out of them; kind, time and who saw them stay."""
+    keys = prediction_ids.with_only_columns(sql.literal(f"{MISSED_CANCER}:") + predictions.c.id)
+    changes = {
+        "dedupe_key": sql.literal(f"{MISSED_CANCER}:erased:") + sql.cast(alarms.c.id, sql.String),
+        "message": "missed cancer: the patient's records were erased",
+        "detail": {"erased": True},
+    }
+    return connection.execute(sql.update(alarms).where(alarms.c.dedupe_key.in_(keys)).values(changes)).rowcount
+
+
+def images_in_use(connection: Connection, hashes: Iterable[str]) -> set[str]:
+    """Those of the hashes that a prediction names."""
+    found: set[str] = set()
+    for chunk in _chunks(sorted(hashes)):
+        query = sql.select(predictions.c.image_hash).where(predictions.c.image_hash.in_(chunk)).distinct()
+        found |= set(connection.execute(query).scalars())
+    return found
+
+
+def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), _CHUNK):
+        yield items[start : start + _CHUNK]
+
+
+def empty_write_ahead_log(store: Store) -> bool:
+    """Moves SQLite's write-ahead log into the database and truncates it; False while readers hold on to it.
+
+    True on PostgreSQL, whose log is its administrator's.
+    """
+    if store.engine.dialect.name != "sqlite":
+        return True
+    try:
+        # Not through a transaction, in which a checkpoint is refused.
+        with closing(store.engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
+            busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    except sqlite3.Error as error:
+        raise StoreUnavailableError(f"store {store.url} cannot empty its write-ahead log: {error}") from error
+    if busy:
+        logger.error("a reader keeps the write-ahead log of %s, and deleted rows in it; erase again", store.url)
+    return not busy

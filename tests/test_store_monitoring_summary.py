@@ -1,0 +1,93 @@
+"""The summary counts what is in its window, hour by hour, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sql
+
+from store.database import open_store
+from store.monitoring_summary import HOUR_US, monitoring_summary
+from store.tables import labels
+from tests.log_rows import label_row, prediction_row
+
+END = 1_000 * HOUR_US + 77
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = open_store(f"sqlite:///{tmp_path}/store.db")
+    yield opened
+    opened.close()
+
+
+def at(hours_ago: float) -> int:
+    return END - int(hours_ago * HOUR_US)
+
+
+def test_an_empty_store_has_an_empty_summary(store):
+    summary = monitoring_summary(store, END, 3)
+    assert summary["predictions"] == summary["abstained"] == summary["labels"] == summary["missed_cancers"] == 0
+    assert summary["total_ms"] is None and summary["drift"] == [] and summary["unacknowledged_alarms"] == {}
+    assert [entry["start_us"] for entry in summary["per_hour"]] == [at(3), at(2), at(1)]
+
+
+def test_records_are_counted_by_hour_band_version_and_reason(store):
+    refused = {"abstained": True}
+    store.insert_predictions(
+        [
+            prediction_row("before", received_at=at(3) - 1, band="low"),
+            prediction_row("first", received_at=at(3), band="low", stage_ms={"total": 10.0}),
+            prediction_row("second", received_at=at(2) - 1, band="high", model_version="2", stage_ms={"total": 20.0}),
+            prediction_row("third", received_at=END - 1, reasons=["blurred", "too_dark"], **refused),
+            prediction_row("fourth", received_at=at(0.5), reasons=["blurred"], **refused),
+            prediction_row("fifth", received_at=at(0.5), band="low", stage_ms={"total": 60.0}),
+            prediction_row("after", received_at=END, band="low"),
+            prediction_row("shadow", received_at=at(1), role="shadow", band="low"),
+        ]
+    )
+    summary = monitoring_summary(store, END, 3)
+    assert (summary["predictions"], summary["abstained"]) == (5, 2)
+    assert summary["by_band"] == {"low": 2, "high": 1} and summary["by_model_version"] == {"1": 4, "2": 1}
+    assert summary["abstention_reasons"] == {"blurred": 2, "too_dark": 1}
+    assert [(entry["predictions"], entry["abstained"]) for entry in summary["per_hour"]] == [(2, 0), (0, 0), (3, 2)]
+    assert summary["total_ms"] == {"mean": 30.0, "median": 20.0, "p95": pytest.approx(56.0)}
+
+
+def test_the_latest_drift_report_of_each_model_is_shown(store):
+    def report(model, end, **values):
+        base = {
+            "window_start": end - 5,
+            "window_end": end,
+            "model_version": model,
+            "reference": "r",
+            "label_watermark": 0,
+            "status": "ok",
+            "num_rows": 9,
+            "num_groups": 9,
+            "alarm": False,
+            "drifted": [],
+            "statistics": {},
+            "input_digest": "d",
+            "report": None,
+        }
+        store.upsert_drift_report(base | values)
+
+    report("1", 20, status="drift", alarm=True, drifted=["red"])
+    report("1", 10)
+    report("2", 15)
+    first, second = monitoring_summary(store, END, 1)["drift"]
+    assert (first["model_version"], first["window_end"], first["status"]) == ("1", 20, "drift")
+    assert first["alarm"] is True and first["drifted"] == ["red"]
+    assert (second["model_version"], second["window_end"]) == ("2", 15)
+
+
+def test_labels_and_alarms_are_counted(store):
+    store.insert_predictions([prediction_row("a")])
+    with store.writing() as connection:
+        connection.execute(sql.insert(labels), [label_row("a", labelled_at=time) for time in (at(2), at(0.5), END)])
+    alarm = {"severity": "critical", "message": "m", "detail": {}}
+    for key, kind, raised in (("1", "missed_cancer", at(5)), ("2", "missed_cancer", at(1)), ("3", "drift", at(1))):
+        store.raise_alarm({**alarm, "dedupe_key": key, "kind": kind, "raised_at": raised})
+    summary = monitoring_summary(store, END, 1)
+    assert summary["labels"] == 1 and summary["missed_cancers"] == 1
+    assert summary["unacknowledged_alarms"] == {"missed_cancer": 2, "drift": 1}
