@@ -37,6 +37,25 @@ class ImageScores:
         return ImageScores(self.digest, self.log_probabilities[rows], self.projections[rows], distances)
 
 
+@dataclass(frozen=True)
+class ActivationMap:
+    """Where the network sees the classes of one picture.
+
+    Attributes:
+        digest: the bundle's digest.
+        maps: class-activation maps, float32 (K, h, w); their means plus the head's bias are the logits.
+        logits: float32 (K,).
+        prior: class frequencies that the network was trained at, float64 (K,).
+        distances: as in `ImageScores`, float32 (1,) or None.
+    """
+
+    digest: str
+    maps: np.ndarray
+    logits: np.ndarray
+    prior: np.ndarray
+    distances: np.ndarray | None
+
+
 class ImageScorerLogic:
     """One verified bundle's engine, warm. `score` may be called from several threads."""
 
@@ -50,6 +69,7 @@ class ImageScorerLogic:
         rule = bundle.abstention()
         self._distance = None if rule is None else rule.distance
         self._max_batch_size = max_batch_size
+        self._prior = np.array(bundle.manifest.sampling_prior, np.float64)
 
     def score(self, images: np.ndarray) -> ImageScores:
         """Scores uint8 (N, S, S, 3), at most `max_batch_size` at a time, so that memory stays bounded."""
@@ -67,6 +87,13 @@ class ImageScorerLogic:
             np.concatenate(projections).astype(np.float32),
             np.concatenate(distances) if distances else None,
         )
+
+    def activation_map(self, image: np.ndarray) -> ActivationMap:
+        """Maps of one picture, uint8 (1, S, S, 3)."""
+        output = self.engine.run(image, with_cam=True)
+        assert output.cam is not None, "every engine gives the maps it is asked for"
+        distances = None if self._distance is None else self._distance(output.embedding)
+        return ActivationMap(self.digest, output.cam[0], output.logits[0], self._prior, distances)
 
     def describe(self) -> dict[str, Any]:
         return {"digest": self.digest, "engine": self.engine.name, "engine_fallback": self.engine_fallback}
@@ -120,6 +147,13 @@ class ImageScorer:
         if not self._fits(images):
             return None
         return await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, images)
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+        """Maps of one picture, uint8 (1, S, S, 3); rare, so it joins no batch."""
+        logic = self._loaded()
+        if not self._fits(image):
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.activation_map, image)
 
     async def describe(self) -> dict[str, Any]:
         return self._loaded().describe()

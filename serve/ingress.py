@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
+from serve.explanation_routes import add_explanation_routes
 from serve.http_errors import add_error_handlers
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
@@ -37,11 +38,13 @@ def build_api(service: PredictionService) -> FastAPI:
     )
     add_error_handlers(api)
     bodies = {"/v1/predict": limits.max_image_bytes, "/v1/predict/batch": limits.max_batch_bytes}
+    bodies["/v1/explain"] = limits.max_image_bytes
     api.add_middleware(
         BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
     )
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
+    add_explanation_routes(api, service)
     _add_model_routes(api, service)
     return api
 

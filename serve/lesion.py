@@ -20,7 +20,7 @@ from serve.access import ANONYMOUS
 from serve.errors import ApiError, invalid_field
 from serve.settings import UploadLimits
 from serve.upload import check_upload
-from store.image_files import StoredImage, prepare_image
+from store.image_files import StoredImage, prepare_image, strip_jpeg_metadata
 from store.tables import now_us
 
 MAX_FIELD_LENGTH = 255
@@ -58,21 +58,46 @@ class PreparedImage:
     stored: StoredImage
 
 
-def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
-    """Checks, decodes and resizes an uploaded file.
+def decode_upload(data: bytes, limits: UploadLimits) -> np.ndarray:
+    """Checks and decodes an uploaded file: uint8 RGB (H, W, 3), turned by its EXIF orientation.
 
     Raises:
         ApiError: 413, 415 or 422, see `check_upload`; 422 for a picture that does not decode.
     """
-    check_upload(data, limits)
+    return _decode(_readable(data, limits))
+
+
+def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
+    """Checks, decodes and resizes an uploaded file.
+
+    Raises:
+        ApiError: see `decode_upload`.
+    """
+    readable = _readable(data, limits)
+    image = _decode(readable)
+    return PreparedImage(resize(image, input_size), image_quality(image), prepare_image(readable))
+
+
+def _readable(data: bytes, limits: UploadLimits) -> bytes:
+    """What the decoder gets. Of a JPEG that is what will be kept: no profile, thumbnail or second picture behind the
+    first comes near the decoder, and what is scored is what can be looked at later."""
+    if check_upload(data, limits) != "jpeg":
+        return data
     try:
-        image = decode_image(data)
-        stored = prepare_image(data)
-    except UndecodableImageError as error:
-        raise ApiError(422, "undecodable_image", f"image: {error}") from error
+        return strip_jpeg_metadata(data)
     except ValueError as error:
-        raise ApiError(422, "undecodable_image", f"image: {str(error).removeprefix('image: ')}") from error
-    return PreparedImage(resize(image, input_size), image_quality(image), stored)
+        raise _undecodable(error) from error
+
+
+def _decode(data: bytes) -> np.ndarray:
+    try:
+        return decode_image(data)
+    except UndecodableImageError as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: ValueError) -> ApiError:
+    return ApiError(422, "undecodable_image", f"image: {' '.join(str(error).split())}")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from monitoring.prediction_log import PredictionRecord
 from serve.drift_logger import Ack, LogEntry
 from serve.errors import unavailable
-from serve.image_scorer import ImageScores
+from serve.image_scorer import ActivationMap, ImageScores
 from serve.metadata_fusion import FusedRisks
 
 logger = logging.getLogger("ray.serve")
@@ -54,6 +54,9 @@ class ScorerNode:
         """One picture joins a batch with other requests' pictures; several are a batch of their own."""
         method = self._handle.score_one if len(images) == 1 else self._handle.score_many
         return await call_again(method, images, retry_after_s=self._retry_after_s)
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+        return await call_again(self._handle.explain, image, retry_after_s=self._retry_after_s)
 
     async def describe(self) -> dict[str, Any]:
         return await call_again(self._handle.describe, retry_after_s=self._retry_after_s)

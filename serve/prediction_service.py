@@ -16,7 +16,16 @@ from monitoring.prediction_log import PredictionRecord, encode_embedding, patien
 from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, unavailable
-from serve.image_scorer import ImageScores
+from serve.explanation import (
+    Explanation,
+    View,
+    draw,
+    likeliest_malignant,
+    open_picture,
+    parse_class,
+    weight_of_evidence,
+)
+from serve.image_scorer import ActivationMap, ImageScores
 from serve.lesion import LesionRequest, PreparedImage, keyed_id, prepare
 from serve.metadata_fusion import FusedRisks
 from serve.served_model import ServedModel
@@ -36,6 +45,8 @@ Outcome = tuple[PredictionRecord, dict[str, float]] | ApiError
 
 class Scorer(Protocol):
     async def score(self, images: np.ndarray) -> ImageScores | None: ...
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None: ...
 
     async def describe(self) -> dict[str, Any]: ...
 
@@ -238,6 +249,47 @@ class PredictionService:
                 "abstained from %s: %s", image.stored.hash[:12], "; ".join(f"{r.reason}: {r.detail}" for r in found)
             )
         return [refusal.reason for refusal in found]
+
+    async def explain(self, data: bytes, view: View, target_class: str | None) -> Explanation:
+        """Draws where the network sees a class in an uploaded file; None: the likeliest malignant one.
+
+        Raises:
+            ApiError: 413, 415 or 422 for the file or the class; 503 when the scorer does not answer in time.
+        """
+        give_up = time.monotonic() + _ROLLOUT_TIMEOUT_S
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                while True:
+                    model = self.model
+                    explanation = await self._try_explain(data, view, target_class, model)
+                    if explanation is not None:
+                        return explanation
+                    if time.monotonic() > give_up:
+                        raise self.unavailable("a new model is being rolled out")
+                    await asyncio.sleep(_ROLLOUT_POLL_S)
+        except TimeoutError as error:
+            raise self.unavailable(f"no answer within {self.settings.request_timeout_s:g} s") from error
+
+    async def _try_explain(
+        self, data: bytes, view: View, target_class: str | None, model: ServedModel
+    ) -> Explanation | None:
+        """None while the scorer holds another model."""
+        target = parse_class(target_class, model.task)
+        run = asyncio.get_running_loop().run_in_executor
+        picture = await run(self._threads, open_picture, data, model.input_size, self.limits)
+        seen = await self._scorer.explain(picture.pixels[np.newaxis])
+        if seen is None or seen.digest != model.digest:
+            return None
+        if target is None:
+            target = likeliest_malignant(model.task, seen.logits)
+        evidence = weight_of_evidence(seen.maps, seen.logits, seen.prior, target)
+        refusals = []
+        if model.abstention is not None and self.settings.abstain:
+            assert seen.distances is not None, "the same bundle gave the map"
+            (refusals,) = model.abstention.refusals(picture.quality, seen.distances)
+        png = await run(self._threads, draw, picture.shown, evidence, view)
+        reasons = tuple(refusal.reason for refusal in refusals)
+        return Explanation(png, model.task.classes[target], model.digest, model.reference.version, reasons)
 
     async def readiness(self) -> dict[str, str]:
         """State of every node: "ok", for the log also "spooling", or what is wrong with it."""

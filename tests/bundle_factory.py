@@ -86,6 +86,9 @@ class LocalScorer:
     async def score(self, images):
         return self.logic.score(images)
 
+    async def explain(self, image):
+        return self.logic.activation_map(image)
+
     async def describe(self):
         return self.logic.describe()
 
