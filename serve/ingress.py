@@ -21,6 +21,7 @@ from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
+from serve.whole_form import WholeForm
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
@@ -39,6 +40,7 @@ def build_api(service: PredictionService) -> FastAPI:
     add_error_handlers(api)
     bodies = {"/v1/predict": limits.max_image_bytes, "/v1/predict/batch": limits.max_batch_bytes}
     bodies["/v1/explain"] = limits.max_image_bytes
+    api.add_middleware(WholeForm)
     api.add_middleware(
         BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
     )

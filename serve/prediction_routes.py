@@ -90,7 +90,7 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
 
         The other fields hold for all of them.
         """
-        await check_form_fields(request, ("images", "metadata", *_ORIGIN_FIELDS))
+        await check_form_fields(request, ("images", "metadata", *_ORIGIN_FIELDS), lists=("images",))
         files = [await image.read() for image in images]
         check_batch(files, limits)
         records = [None] * len(images) if metadata is None else parse_json(metadata, "metadata")

@@ -203,7 +203,7 @@ def test_a_picture_that_the_model_abstains_from_has_its_map_and_says_why(dermray
         (png(picture(64, 64, (0, 0, 1, 1)))[:80], {}, 422, "image: "),
         (png(np.zeros((2000, 3001, 3), np.uint8)), {}, 413, "3001x2000 pixels"),
         (b"\xff\xd8\xff" + bytes(2_000_000), {}, 413, "max_image_bytes"),
-        (blank_image(), {"target_class": "melanoma"}, 422, "target_class: 'melanoma'; expected one of benign, malignant"),
+        (blank_image(), {"target_class": "melanoma"}, 422, "'melanoma'; expected one of benign, malignant"),
         (blank_image(), {"target_class": "\udc80\r\n".encode("utf-8", "replace")}, 422, "target_class: "),
         (blank_image(), {"view": "negative"}, 422, "view: "),
         (blank_image(), {"metadata": "{}"}, 422, "metadata: unknown form field"),
