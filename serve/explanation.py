@@ -35,7 +35,7 @@ _LEAST_PRIOR = 1e-4
 # At full colour the skin's structure must still be seen through it. Opacity grows with the square of the strength:
 # weak evidence is often spread over the whole picture, and would tint it.
 _MAX_OPACITY = 0.6
-# From dark blue over green to yellow, brighter step by step: readable without red and green, and in grey.
+# From dark purple over green to yellow, brighter step by step: readable without red and green, and in grey.
 _COLOURS = cv2.COLORMAP_VIRIDIS
 
 
