@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
@@ -48,8 +49,17 @@ def add_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(Exception, lambda *_: problem_response(internal))
 
 
-async def check_form_fields(request: Request, known: Sequence[str]) -> None:
-    """Refuses fields that no one reads: a misspelt `metadata` would silently change what the model sees."""
-    for name in await request.form():
+async def check_form_fields(request: Request, known: Sequence[str], lists: Sequence[str] = ()) -> None:
+    """Refuses fields that no one reads: a misspelt or second `metadata` would silently change what the model sees.
+
+    Args:
+        known: fields that the form may have, once.
+        lists: those of them that it may have several times.
+    """
+    counts = Counter(name for name, _ in (await request.form()).multi_items())
+    for name, count in counts.items():
         if name not in known:
-            raise invalid_field(f"{name[:60]}: unknown form field; expected one of {', '.join(known)}")
+            shown = name[:60] if name.isprintable() else repr(name[:60])
+            raise invalid_field(f"{shown}: unknown form field; expected one of {', '.join(known)}")
+        if count > 1 and name not in lists:
+            raise invalid_field(f"{name}: given {count} times; expected it once")

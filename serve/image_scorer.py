@@ -38,6 +38,25 @@ class ImageScores:
         return ImageScores(self.digest, self.log_probabilities[rows], self.projections[rows], distances)
 
 
+@dataclass(frozen=True)
+class ActivationMap:
+    """Where the network sees the classes of one picture.
+
+    Attributes:
+        digest: the bundle's digest.
+        maps: class-activation maps, float32 (K, h, w); their means plus the head's bias are the logits.
+        logits: float32 (K,).
+        prior: class frequencies that the network was trained at, float64 (K,).
+        distances: as in `ImageScores`, float32 (1,) or None.
+    """
+
+    digest: str
+    maps: np.ndarray
+    logits: np.ndarray
+    prior: np.ndarray
+    distances: np.ndarray | None
+
+
 class ImageScorerLogic:
     """One verified bundle's engine, warm. `score` may be called from several threads."""
 
@@ -51,6 +70,7 @@ class ImageScorerLogic:
         rule = bundle.abstention()
         self._distance = None if rule is None else rule.distance
         self._max_batch_size = max_batch_size
+        self._prior = np.array(bundle.manifest.sampling_prior, np.float64)
 
     def score(self, images: np.ndarray) -> ImageScores:
         """Scores uint8 (N, S, S, 3), at most `max_batch_size` at a time, so that memory stays bounded."""
@@ -69,12 +89,19 @@ class ImageScorerLogic:
             np.concatenate(distances) if distances else None,
         )
 
+    def activation_map(self, image: np.ndarray) -> ActivationMap:
+        """Maps of one picture, uint8 (1, S, S, 3)."""
+        output = self.engine.run(image, with_cam=True)
+        assert output.cam is not None, "every engine gives the maps it is asked for"
+        distances = None if self._distance is None else self._distance(output.embedding)
+        return ActivationMap(self.digest, output.cam[0], output.logits[0], self._prior, distances)
+
+    def fits(self, images: np.ndarray) -> bool:
+        """Whether these (N, H, W, 3) have the size that the network takes."""
+        return images.shape[1:] == (self.input_size, self.input_size, 3)
+
     def describe(self) -> dict[str, Any]:
         return {"digest": self.digest, "engine": self.engine.name, "engine_fallback": self.engine_fallback}
-
-
-def _num_images(calls: list[ScoreCall]) -> int:
-    return sum(len(call.images) for call in calls)
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,10 @@ class ScoreCall:
 
     images: np.ndarray
     deadline: float
+
+
+def _num_images(calls: list[ScoreCall]) -> int:
+    return sum(len(call.images) for call in calls)
 
 
 class ImageScorer:
@@ -121,12 +152,7 @@ class ImageScorer:
     @serve.batch(batch_size_fn=_num_images)
     async def _run(self, calls: list[ScoreCall]) -> Sequence[ImageScores | None]:
         logic, now = self._loaded(), time.monotonic()
-        size = logic.input_size
-        todo = [
-            index
-            for index, call in enumerate(calls)
-            if call.images.shape[1:] == (size, size, 3) and call.deadline > now
-        ]
+        todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
         answers: list[ImageScores | None] = [None] * len(calls)
         if todo:
             batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
@@ -137,6 +163,13 @@ class ImageScorer:
                 answers[index] = scores[start:end]
                 start = end
         return answers
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+        """Maps of one picture, uint8 (1, S, S, 3); rare, so it joins no batch."""
+        logic = self._loaded()
+        if not logic.fits(image):
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.activation_map, image)
 
     async def describe(self) -> dict[str, Any]:
         return self._loaded().describe()

@@ -18,6 +18,7 @@ from serve.api import PROBLEMS, Health, ModelCard
 from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
+from serve.explanation_routes import add_explanation_routes
 from serve.http_errors import add_error_handlers
 from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
@@ -34,6 +35,7 @@ from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
 from serve.triage_routes import add_triage_routes
+from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
 
 NOTICE_HEADER = "X-Dermray-Notice"
@@ -73,7 +75,9 @@ def build_api(
         "/v1/predict": limits.max_image_bytes,
         "/v1/predict/batch": limits.max_batch_bytes,
         "/v1/patients/triage": limits.max_batch_bytes,
+        "/v1/explain": limits.max_image_bytes,
     }
+    api.add_middleware(WholeForm)
     api.add_middleware(
         BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
     )
@@ -88,6 +92,7 @@ def build_api(
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
+    add_explanation_routes(api, service)
     add_record_routes(api, records)
     add_label_routes(api, service, records)
     add_alarm_routes(api, records)
@@ -148,7 +153,7 @@ class Ingress:
             config.scorer.max_batch_size,
         )
         patient_key = Path(config.storage.patient_key_file).read_bytes()
-        self.service = PredictionService(scoring, self._log, config.ingress, patient_key)
+        self.service = PredictionService(scoring, self._log, patient_key)
         self._records = RecordService(log, patient_key, config.ingress.retry_after_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

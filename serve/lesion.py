@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ from serve.access import ANONYMOUS
 from serve.errors import ApiError, invalid_field
 from serve.settings import UploadLimits
 from serve.upload import check_upload
-from store.image_files import StoredImage, prepare_image
+from store.image_files import StoredImage, prepare_image, strip_jpeg_metadata
 from store.tables import now_us
 
 MAX_FIELD_LENGTH = 255
@@ -59,22 +60,47 @@ class PreparedImage:
     stored: StoredImage
 
 
-def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
-    """Checks, decodes and resizes an uploaded file.
+def decode_upload(data: bytes, limits: UploadLimits) -> np.ndarray:
+    """Checks and decodes an uploaded file: uint8 RGB (H, W, 3), turned by its EXIF orientation.
 
     Raises:
         ApiError: 413, 415 or 422, see `check_upload`; 422 for a picture that does not decode.
     """
-    check_upload(data, limits)
-    try:
-        image = decode_image(data)
-        stored = prepare_image(data)
-    except UndecodableImageError as error:
-        raise ApiError(422, "undecodable_image", f"image: {error}") from error
-    except ValueError as error:
-        raise ApiError(422, "undecodable_image", f"image: {str(error).removeprefix('image: ')}") from error
+    return _decode(_readable(data, limits))
+
+
+def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
+    """Checks, decodes and resizes an uploaded file.
+
+    Raises:
+        ApiError: see `decode_upload`.
+    """
+    readable = _readable(data, limits)
+    image = _decode(readable)
     pixels = resize(image, input_size)
-    return PreparedImage(pixels, image_quality(image, pixels), stored)
+    return PreparedImage(pixels, image_quality(image, pixels), prepare_image(readable))
+
+
+def _readable(data: bytes, limits: UploadLimits) -> bytes:
+    """What the decoder gets. Of a JPEG that is what will be kept: no profile, thumbnail or second picture behind the
+    first comes near the decoder, and what is scored is what can be looked at later."""
+    if check_upload(data, limits) != "jpeg":
+        return data
+    try:
+        return strip_jpeg_metadata(data)
+    except ValueError as error:
+        raise _undecodable(error) from error
+
+
+def _decode(data: bytes) -> np.ndarray:
+    try:
+        return decode_image(data)
+    except UndecodableImageError as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: ValueError) -> ApiError:
+    return ApiError(422, "undecodable_image", f"image: {' '.join(str(error).split())}")
 
 
 def prepare_or_error(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage | ApiError:
@@ -89,14 +115,22 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {name[:60]!r} twice")
+    return found
+
+
 def parse_json(text: str, field: str) -> Any:
-    """Decodes a form field's JSON; NaN and Infinity are refused.
+    """Decodes a form field's JSON; NaN, Infinity and keys that an object repeats are refused.
 
     Raises:
         ApiError: 422 naming the field.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid_field(f"{field}: not valid JSON: {reason}") from error

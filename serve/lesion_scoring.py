@@ -11,8 +11,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from modeling.image_limits import Refusal
 from serve.errors import ApiError
-from serve.image_scorer import ImageScores
+from serve.explanation import (
+    Explanation,
+    View,
+    draw,
+    likeliest_malignant,
+    open_picture,
+    parse_class,
+    weight_of_evidence,
+)
+from serve.image_scorer import ActivationMap, ImageScores
 from serve.lesion import LesionRequest, PreparedImage, prepare_or_error
 from serve.metadata_fusion import FusedRisk, FusedRisks
 from serve.served_model import ServedModel
@@ -34,6 +44,8 @@ class Scorer(Protocol):
     async def score(self, images: np.ndarray, deadline: float) -> ImageScores | None: ...
 
     def oldest_wait_s(self) -> float: ...
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None: ...
 
     async def describe(self) -> dict[str, Any]: ...
 
@@ -201,6 +213,22 @@ class LesionScoring:
             [decode(self._threads, prepare_or_error, request.image, *arguments) for request in requests]
         )
 
+    async def explain(self, data: bytes, view: View, target_class: str | None, model: ServedModel) -> Explanation:
+        """See `PredictionService.explain`."""
+        target = parse_class(target_class, model.task)
+        run = asyncio.get_running_loop().run_in_executor
+        picture = await run(self._threads, open_picture, data, model.input_size, self.limits)
+        seen = await self.scorer.explain(picture.pixels[np.newaxis])
+        if seen is None or seen.digest != model.digest:
+            raise ModelsDifferError
+        if target is None:
+            target = likeliest_malignant(model.task, seen.logits)
+        evidence = weight_of_evidence(seen.maps, seen.logits, seen.prior, target)
+        png = await run(self._threads, draw, picture.shown, evidence, view)
+        (reasons,) = self._refusals({name: [value] for name, value in picture.quality.items()}, model, seen.distances)
+        codes = tuple(refusal.reason for refusal in reasons)
+        return Explanation(png, model.task.classes[target], model.digest, model.reference.version, codes)
+
     def _checked(self, fused: FusedRisks, model: ServedModel, clock: StageClock) -> FusedRisks:
         clock.end("fuse")
         if fused.digest != model.digest:
@@ -210,17 +238,22 @@ class LesionScoring:
     def _reasons_to_abstain(
         self, images: list[PreparedImage], model: ServedModel, scores: ImageScores
     ) -> list[list[str]]:
-        """Codes of `modeling.abstention` by picture; none where the model, or the operator, wants all scored."""
-        if model.abstention is None or not self.settings.abstain:
-            return [[] for _ in images]
-        assert scores.distances is not None, "the same bundle gave the scores"
-        quality = {name: np.array([image.quality[name] for image in images]) for name in images[0].quality}
-        found = model.abstention.refusals(quality, scores.distances)
+        quality = {name: [image.quality[name] for image in images] for name in images[0].quality}
+        found = self._refusals(quality, model, scores.distances)
         for image, refusals in zip(images, found, strict=True):
             if refusals:
                 reasons = "; ".join(f"{refusal.reason}: {refusal.detail}" for refusal in refusals)
                 logger.info("abstained from %s: %s", image.stored.hash[:12], reasons)
         return [[refusal.reason for refusal in refusals] for refusals in found]
+
+    def _refusals(
+        self, quality: Mapping[str, list[float]], model: ServedModel, distances: np.ndarray | None
+    ) -> list[list[Refusal]]:
+        """Why the model abstains, by picture; nothing where the model, or the operator, wants all scored."""
+        if model.abstention is None or not self.settings.abstain:
+            return [[] for _ in next(iter(quality.values()))]
+        assert distances is not None, "the same bundle gave the scores"
+        return model.abstention.refusals({name: np.array(values) for name, values in quality.items()}, distances)
 
 
 def _answers(part: _Part, risks: Sequence[FusedRisk]) -> list[ScoredLesion]:

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from monitoring.prediction_log import PredictionRecord
 from serve.drift_logger import Ack, LogEntry
 from serve.errors import unavailable
-from serve.image_scorer import ImageScores
+from serve.image_scorer import ActivationMap, ImageScores
 from serve.metadata_fusion import FusedRisks
 from serve.settings import ScorerSettings
 from serve.shared_calls import SharedCalls
@@ -95,7 +95,8 @@ class ScorerNode:
 
     def __init__(self, handle: DeploymentHandle, settings: ScorerSettings, retry_after_s: int):
         handle = _direct(handle)
-        self._score_method, self._describe_method = handle.score, handle.describe
+        self._score_method, self._explain_method = handle.score, handle.explain
+        self._describe_method = handle.describe
         self._retry_after_s = retry_after_s
         self._calls: SharedCalls[_Pictures, ImageScores | None] = SharedCalls(
             self._score,
@@ -120,6 +121,9 @@ class ScorerNode:
     def oldest_wait_s(self) -> float:
         """For how long the picture that is next has waited to be sent."""
         return self._calls.oldest_wait_s()
+
+    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+        return await call_again(self._explain_method, image, retry_after_s=self._retry_after_s)
 
     async def describe(self) -> dict[str, Any]:
         return await call_again(self._describe_method, retry_after_s=self._retry_after_s)

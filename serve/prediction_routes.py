@@ -121,7 +121,7 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
 
         The other fields hold for all of them.
         """
-        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS))
+        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS), lists=("images",))
         files = [await image.read() for image in images]
         origin = parse_origin(patient_id, institution, device, acquired_at)
         caller = caller_of(request).name

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from monitoring.prediction_log import PredictionRecord, encode_embedding, patien
 from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, unavailable
+from serve.explanation import Explanation, View
 from serve.lesion import LesionRequest, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
 from serve.served_model import ServedModel
@@ -28,6 +29,7 @@ logger = logging.getLogger("ray.serve")
 _ROLLOUT_POLL_S = 0.1
 _ROLLOUT_TIMEOUT_S = 5.0
 
+Answer = TypeVar("Answer")
 Outcome = tuple[PredictionRecord, dict[str, float]] | ApiError
 """A lesion's stored record and its stage timings (ms), or why it has none."""
 
@@ -41,13 +43,16 @@ class PredictionService:
         patient_key: secret behind patient pseudonyms.
     """
 
-    def __init__(self, scoring: LesionScoring, log: DurableLog, settings: IngressSettings, patient_key: bytes):
+    def __init__(self, scoring: LesionScoring, log: DurableLog, patient_key: bytes):
         self.scoring = scoring
         self.limits = scoring.limits
-        self.settings = settings
         self._log = log
         self._patient_key = patient_key
         self._model: ServedModel | None = None
+
+    @property
+    def settings(self) -> IngressSettings:
+        return self.scoring.settings
 
     @property
     def model(self) -> ServedModel:
@@ -75,13 +80,18 @@ class PredictionService:
             ApiError: 503 when a node does not answer in time, or the records are on no disk; 409 when the model
                 compares no lesions of a patient.
         """
+        return await self._until_rolled_out(lambda model, deadline: self._attempt(requests, model, deadline, patient))
+
+    async def _until_rolled_out(self, attempt: Callable[[ServedModel, float], Awaitable[Answer]]) -> Answer:
+        """Makes an attempt with the model of the moment, again while the nodes hold different ones, until its time,
+        `time.monotonic()`, is over."""
         deadline = time.monotonic() + self.settings.request_timeout_s
         give_up = time.monotonic() + _ROLLOUT_TIMEOUT_S
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 while True:
                     try:
-                        return await self._attempt(requests, self.model, deadline, patient)
+                        return await attempt(self.model, deadline)
                     except ModelsDifferError as error:
                         if time.monotonic() > give_up:
                             raise self.unavailable("a new model is being rolled out") from error
@@ -165,6 +175,16 @@ class PredictionService:
             embedding=encode_embedding(scores.projections[0]),
             stage_ms=clock.stages(),
             **image.quality,
+        )
+
+    async def explain(self, data: bytes, view: View, target_class: str | None) -> Explanation:
+        """Draws where the network sees a class in an uploaded file; None: the likeliest malignant one.
+
+        Raises:
+            ApiError: 413, 415 or 422 for the file or the class; 503 when the scorer does not answer in time.
+        """
+        return await self._until_rolled_out(
+            lambda model, deadline: self.scoring.explain(data, view, target_class, model)
         )
 
     async def readiness(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ def add_triage_routes(api: FastAPI, service: PredictionService) -> None:
         Send all of the patient's lesions: the comparison is only as good as what it sees. Each is stored as a
         prediction of its own.
         """
-        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS))
+        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS), lists=("images",))
         origin = parse_origin(patient_id, institution, device, acquired_at)
         if origin.patient_id is None:
             raise invalid_field("patient_id: it is blank; expected whose lesions these are")

@@ -11,9 +11,14 @@ from serve.settings import UploadLimits
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
-# Markers of a frame header (SOF0-SOF15), without DHT, JPG and DAC, which share the range.
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+# Frame headers of baseline, extended and progressive pictures with Huffman codes. No browser shows the others
+# (lossless, hierarchical, arithmetic codes), so no one could review them.
+_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+# DHT, DAC, DQT, DRI, APP0-APP15 and COM, which may come before the frame header, all with a length. Of any other marker
+# decoders disagree where the next one is: libjpeg takes 0xFF00 for garbage of two bytes, and would read a frame header
+# from inside what is skipped here.
+_JPEG_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 
 
 def sniff_format(data: bytes) -> ImageFormat | None:
@@ -52,12 +57,15 @@ def check_upload(data: bytes, limits: UploadLimits) -> ImageFormat:
         raise ApiError(415, "unsupported_media_type", "image: not a JPEG, PNG or WebP file")
     dimensions = read_dimensions(data, image_format)
     if dimensions is None or min(dimensions) < 1:
-        raise ApiError(422, "undecodable_image", f"image: no size in the {image_format.upper()} header")
+        kinds = "; expected a baseline or progressive one with Huffman codes" if image_format == "jpeg" else ""
+        raise ApiError(422, "undecodable_image", f"image: no size in the {image_format.upper()} header{kinds}")
     width, height = dimensions
     if width * height > limits.max_pixels:
         raise ApiError(
             413, "too_many_pixels", f"image: {width}x{height} pixels; expected at most {limits.max_pixels} (max_pixels)"
         )
+    if image_format == "png" and not _png_is_whole(data):
+        raise ApiError(422, "undecodable_image", "image: the PNG is damaged or cut off")
     return image_format
 
 
@@ -100,20 +108,31 @@ def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
         elif marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
-        elif marker in (0xD9, 0xDA):
-            return None
-        else:
+        elif marker in _JPEG_SEGMENTS:
             (length,) = struct.unpack_from(">H", data, at + 2)
             at += 2 + length
+        else:
+            return None
     return None
 
 
 def _png_dimensions(data: bytes) -> tuple[int, int] | None:
     # The header chunk comes first, always.
-    if data[12:16] != b"IHDR":
+    if data[8:16] != b"\0\0\0\rIHDR":
         return None
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Whether all chunks up to the last lie inside the file: OpenCV allocates what a chunk's length says, to 2 GiB."""
+    at = 8
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + length
+    return False
 
 
 def _webp_dimensions(data: bytes) -> tuple[int, int] | None:

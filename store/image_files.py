@@ -22,6 +22,12 @@ _JPEG_START, _PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ORIENTATION_TAG = 0x0112
 SUFFIXES = (".jpg", ".png")
+# Frame headers, Huffman and arithmetic tables, quantisation tables, restart interval: what a decoder needs.
+_PICTURE_MARKERS = frozenset({*range(0xC0, 0xD0), 0xDB, 0xDD}) - {0xC8}
+_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+_DROPPED = frozenset({0xDC, *range(0xE0, 0xF0), 0xFE})
+# Encoders write about ten. A decoder walks the whole picture for each: a small file of many keeps it busy for hours.
+_MAX_SCANS = 100
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,11 @@ def strip_jpeg_metadata(data: bytes) -> bytes:
     the picture by it and the model saw it turned.
 
     Raises:
-        ValueError: not a complete JPEG.
+        ValueError: not a complete JPEG, one with markers that no picture has, or with over 100 scans.
     """
     if data[:2] != _JPEG_START:
         raise ValueError("not a JPEG: no start-of-image marker")
-    kept, orientation, at = [], 1, 2
+    kept, orientation, scans, at = [], 1, 0, 2
     while True:
         # Any number of 0xFF may stand before a marker.
         while data[at : at + 2] == b"\xff\xff":
@@ -83,12 +89,18 @@ def strip_jpeg_metadata(data: bytes) -> bytes:
         marker = data[at + 1]
         if marker == 0xD9:
             break
+        if marker in _ALONE:
+            at += 2
+            continue
         length = struct.unpack(">H", data[at + 2 : at + 4])[0] if len(data) >= at + 4 else 0
         end = at + 2 + length
         if length < 2 or end > len(data):
             raise ValueError("JPEG is damaged or cut off before its end-of-image marker")
         segment = data[at:end]
         if marker == 0xDA:
+            scans += 1
+            if scans > _MAX_SCANS:
+                raise ValueError(f"JPEG has more than {_MAX_SCANS} scans")
             found = _SCAN_END.search(data, end)
             if found is None:
                 raise ValueError("JPEG is cut off: no end-of-image marker")
@@ -99,8 +111,13 @@ def strip_jpeg_metadata(data: bytes) -> bytes:
             kept.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\0\0")
         elif marker == 0xE1:
             orientation = _exif_orientation(segment[4:]) or orientation
-        elif marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            kept.append(segment)  # APP14 tells decoders the colour transform
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and length >= 14:
+            # Tells decoders the colour transform.
+            kept.append(b"\xff\xee\x00\x0e" + segment[4:16])
+        elif marker in _PICTURE_MARKERS:
+            kept.append(segment)
+        elif marker not in _DROPPED:
+            raise ValueError(f"JPEG has a marker FF{marker:02X}, which is of no picture")
         at = end
     head = _JPEG_START if orientation == 1 else _JPEG_START + _orientation_segment(orientation)
     return head + b"".join(kept) + b"\xff\xd9"

@@ -11,8 +11,10 @@ from modeling.abstention import AbstentionRule
 from modeling.preprocessing import decode_image, image_quality, resize
 from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
 from serve.image_scorer import ImageScorerLogic
+from serve.lesion_scoring import LesionScoring
 from serve.metadata_fusion import MetadataFusionLogic
-from serve.settings import ModelReference, StorageSettings
+from serve.prediction_service import PredictionService
+from serve.settings import IngressSettings, ModelReference, StorageSettings, UploadLimits
 from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
 
 CONTEXTS = ["image_only", "none"]
@@ -89,6 +91,9 @@ class LocalScorer:
     def oldest_wait_s(self):
         return 0.0
 
+    async def explain(self, image):
+        return self.logic.activation_map(image)
+
     async def describe(self):
         return self.logic.describe()
 
@@ -133,3 +138,9 @@ class LocalSidecar:
     async def ping(self):
         self._answer()
         return self.logic.ping()
+
+
+def prediction_service(nodes, durable, limits=None, key: bytes = b"a test's secret") -> PredictionService:
+    """A service over (scorer, fusion) in process; it has no model yet."""
+    scoring = LesionScoring(*nodes, limits or UploadLimits(), IngressSettings(), max_batch_size=4)
+    return PredictionService(scoring, durable, key)

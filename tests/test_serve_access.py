@@ -17,16 +17,22 @@ from serve.durable_log import DurableLog
 from serve.errors import ApiError
 from serve.ingress import build_api
 from serve.key_ring import KeyRing
-from serve.lesion_scoring import LesionScoring
-from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
 from serve.records import RecordService
 from serve.served_model import ServedModel
-from serve.settings import AccessSettings, DriftLoggerSettings, IngressSettings, UploadLimits
+from serve.settings import AccessSettings, DriftLoggerSettings
 from store.api_keys import ROLES, create_api_key, list_api_keys, revoke_api_key
 from store.database import StoreUnavailableError
 from store.tables import api_keys
-from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, lesion_image, served_bundle, storage
+from tests.bundle_factory import (
+    LocalFusion,
+    LocalScorer,
+    LocalSidecar,
+    lesion_image,
+    prediction_service,
+    served_bundle,
+    storage,
+)
 
 REFRESH_S = 0.05
 
@@ -49,8 +55,7 @@ class Guarded:
         self.ring = KeyRing(self.load, REFRESH_S)
         durable = DurableLog(LocalSidecar(places), self.log, DriftLoggerSettings())
         nodes = LocalScorer(reference), LocalFusion(reference)
-        scoring = LesionScoring(*nodes, UploadLimits(), IngressSettings(), max_batch_size=4)
-        self.service = PredictionService(scoring, durable, IngressSettings(), b"a test's secret")
+        self.service = prediction_service(nodes, durable)
         self.service.use_model(ServedModel.load(reference))
         self.loaded = threading.Condition()
         self.loads = 0

@@ -16,8 +16,6 @@ from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.errors import unavailable
 from serve.ingress import NOTICE_HEADER, build_api
-from serve.lesion_scoring import LesionScoring
-from serve.prediction_service import PredictionService
 from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
@@ -27,6 +25,7 @@ from tests.bundle_factory import (
     LocalSidecar,
     lesion_image,
     lesion_rule,
+    prediction_service,
     served_bundle,
     storage,
 )
@@ -69,8 +68,7 @@ class Served:
         durable = DurableLog(
             self.sidecar, self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
         )
-        scoring = LesionScoring(*nodes, LIMITS, IngressSettings(), max_batch_size=4)
-        self.service = PredictionService(scoring, durable, IngressSettings(), b"a test's secret")
+        self.service = prediction_service(nodes, durable, LIMITS)
         self.service.use_model(ServedModel.load(reference))
         self.records = RecordService(self.log, b"a test's secret", retry_after_s=2)
         self.client = TestClient(build_api(self.service, self.records), raise_server_exceptions=False)
@@ -87,7 +85,7 @@ class Served:
         )
 
     def give_up_after(self, seconds):
-        self.service.settings = IngressSettings(request_timeout_s=seconds)
+        self.service.scoring.settings = IngressSettings(request_timeout_s=seconds)
 
     def rows(self):
         return list(self.log.store.predictions_between(0, 2**62))
@@ -410,7 +408,7 @@ def test_the_operator_can_have_everything_scored(careful):
     card = careful.client.get("/v1/model").json()["abstention"]
     assert card["active"] is True and card["false_refusal_rate"] == 0.01
     assert card["limits"]["brightness"]["low"] > 0 and card["max_distance"] > 0
-    careful.service.settings = careful.service.scoring.settings = IngressSettings(abstain=False)
+    careful.service.scoring.settings = IngressSettings(abstain=False)
     answer = careful.predict(blank_png(48)).json()
     assert answer["abstained"] is False and answer["risk"] is not None
     assert careful.client.get("/v1/model").json()["abstention"]["active"] is False

@@ -13,15 +13,21 @@ from monitoring.prediction_log import EMBEDDING_DIM, PredictionRecord, patient_h
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.ingress import build_api
-from serve.lesion_scoring import LesionScoring
-from serve.prediction_service import PredictionService
 from serve.records import RecordService
 from serve.served_model import ServedModel
-from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
+from serve.settings import DriftLoggerSettings
 from store import database
 from store.image_files import ImageFiles
 from store.tables import now_us
-from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, lesion_image, served_bundle, storage
+from tests.bundle_factory import (
+    LocalFusion,
+    LocalScorer,
+    LocalSidecar,
+    lesion_image,
+    prediction_service,
+    served_bundle,
+    storage,
+)
 
 KEY = b"a test's secret"
 OLD = 1_714_555_800_000_000  # 2024-05-01T09:30:00Z
@@ -46,8 +52,7 @@ class Served:
         durable = DurableLog(
             self.sidecar, self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
         )
-        scoring = LesionScoring(*nodes, UploadLimits(), IngressSettings(), max_batch_size=4)
-        service = PredictionService(scoring, durable, IngressSettings(), KEY)
+        service = prediction_service(nodes, durable, key=KEY)
         service.use_model(ServedModel.load(reference))
         self.client = TestClient(
             build_api(service, RecordService(self.log, KEY, retry_after_s=3)), raise_server_exceptions=False

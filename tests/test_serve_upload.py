@@ -13,6 +13,7 @@ from serve.errors import ApiError
 from serve.settings import UploadLimits
 from serve.upload import check_upload, read_dimensions, sniff_format
 from tests.bundle_factory import lesion_image
+from tests.hostile_uploads import hidden_frame
 
 LIMITS = UploadLimits()
 
@@ -79,6 +80,10 @@ def test_what_is_no_affordable_picture_is_refused(data, status, error):
         check_upload(data, LIMITS)
     assert (caught.value.status, caught.value.error) == (status, error)
     assert caught.value.detail.startswith("image: ")
+
+
+def test_a_frame_header_that_only_the_decoder_would_see_is_no_way_around_the_limit():
+    assert read_dimensions(hidden_frame(), "jpeg") is None
 
 
 def test_every_cut_of_a_header_is_refused_or_read_but_never_fails():

@@ -69,6 +69,13 @@ def test_a_cut_off_jpeg_is_refused(cut):
         strip_jpeg_metadata(buffer.getvalue()[:-cut])
 
 
+@pytest.mark.parametrize("marker", [0x00, 0x02, 0xBF, 0xC8, 0xD8, 0xF0])
+def test_a_segment_that_is_of_no_picture_is_refused_because_decoders_disagree_where_it_ends(marker):
+    data = jpeg()
+    with pytest.raises(ValueError, match=f"FF{marker:02X}"):
+        strip_jpeg_metadata(data[:2] + bytes([0xFF, marker, 0, 10]) + b"Jane Doe" + data[2:])
+
+
 def test_every_cut_and_every_flipped_byte_ends_in_an_answer():
     data = jpeg()
     rng = np.random.default_rng(1)

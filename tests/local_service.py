@@ -1,0 +1,40 @@
+"""The service's real routes with the other nodes in process, and what stands behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.testclient import TestClient
+
+from serve.drift_logger import open_log
+from serve.durable_log import DurableLog
+from serve.ingress import build_api
+from serve.records import RecordService
+from serve.served_model import ServedModel
+from serve.settings import DriftLoggerSettings, ModelReference, UploadLimits
+from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, prediction_service, storage
+
+
+class LocalService:
+    """A client of a service that serves one bundle, its data below `home`."""
+
+    def __init__(self, reference: ModelReference, home: Path, limits: UploadLimits | None = None):
+        places = storage(home)
+        self.home = home
+        self.log = open_log(places)
+        durable = DurableLog(
+            LocalSidecar(places), self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
+        )
+        self.scorer = LocalScorer(reference)
+        self.service = prediction_service((self.scorer, LocalFusion(reference)), durable, limits)
+        self.service.use_model(ServedModel.load(reference))
+        self.api = build_api(self.service, RecordService(self.log, b"a test's secret", retry_after_s=1))
+        self.client = TestClient(self.api, raise_server_exceptions=False)
+
+    def rows(self) -> list[dict]:
+        """All stored predictions."""
+        return list(self.log.store.predictions_between(0, 2**62))
+
+    def image_files(self) -> list[Path]:
+        """All files below the image folder, temporary ones included."""
+        return [path for path in (self.home / "images").rglob("*") if path.is_file()]
