@@ -37,6 +37,7 @@ from serve.settings import (
     ScorerSettings,
     ServeSettings,
     StorageSettings,
+    SubmissionSettings,
     UploadLimits,
 )
 from store.database import StoreUnavailableError, open_store
@@ -65,6 +66,7 @@ class DeployServiceConfig(JobConfig):
     scorer: ScorerSettings = Field(default_factory=ScorerSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
+    submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
 
     @field_validator("host")
     @classmethod
@@ -144,6 +146,7 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         scorer=config.scorer,
         fusion=config.fusion,
         drift_logger=config.drift_logger,
+        submissions=config.submissions,
         runtime_env={
             "working_dir": release.as_uri(),
             "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},

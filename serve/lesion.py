@@ -34,10 +34,12 @@ _DAY_US = 86_400_000_000
 class Origin:
     """Who and what a picture comes from; all optional.
 
-    `acquired_at`: microseconds since the epoch, UTC.
+    `patient_hmac`: the patient's pseudonym, where the id is no longer known. `acquired_at`: microseconds since the
+    epoch, UTC.
     """
 
     patient_id: str | None = None
+    patient_hmac: str | None = None
     institution: str | None = None
     device: str | None = None
     acquired_at: int | None = None
@@ -58,13 +60,14 @@ class PreparedImage:
     stored: StoredImage
 
 
-def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
-    """Checks, decodes and resizes an uploaded file.
+def prepare(data: bytes, input_size: int, limits: UploadLimits | None) -> PreparedImage:
+    """Checks, decodes and resizes an uploaded file; without limits, one that was checked when it was uploaded.
 
     Raises:
         ApiError: 413, 415 or 422, see `check_upload`; 422 for a picture that does not decode.
     """
-    check_upload(data, limits)
+    if limits is not None:
+        check_upload(data, limits)
     try:
         image = decode_image(data)
         stored = prepare_image(data)
@@ -165,7 +168,8 @@ def keyed_id(caller: str, key: str) -> str:
 class LesionRequest:
     """One picture with what was said of it, fields already checked; `metadata` None when none was given.
 
-    `caller`: who sent it; idempotency keys are the caller's own.
+    `caller`: who sent it; idempotency keys are the caller's own. `stored`: the picture comes from the image store,
+    where it may be larger than an upload may be (a WebP is kept as PNG).
     """
 
     image: bytes
@@ -173,3 +177,4 @@ class LesionRequest:
     origin: Origin = Origin()
     idempotency_key: str | None = None
     caller: str = ANONYMOUS.name
+    stored: bool = False

@@ -22,7 +22,7 @@ from serve.lesion import (
 from serve.prediction_service import Outcome, PredictionService
 from serve.upload import check_batch
 
-_ORIGIN_FIELDS = ("patient_id", "institution", "device", "acquired_at")
+ORIGIN_FIELDS = ("patient_id", "institution", "device", "acquired_at")
 
 PatientId = Annotated[str | None, Form(description="stored as a keyed hash only")]
 Institution = Annotated[str | None, Form()]
@@ -33,7 +33,10 @@ IdempotencyKey = Annotated[
 ]
 
 
-def _origin(patient_id: str | None, institution: str | None, device: str | None, acquired_at: str | None) -> Origin:
+def parse_origin(
+    patient_id: str | None, institution: str | None, device: str | None, acquired_at: str | None
+) -> Origin:
+    """The form's fields of these names, checked; ApiError 422 naming the field."""
     return Origin(
         patient_id=parse_text(patient_id, "patient_id"),
         institution=parse_text(institution, "institution"),
@@ -62,11 +65,11 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
         idempotency_key: IdempotencyKey = None,
     ) -> Prediction:
         """Scores one lesion. 200 means that the record and the image are on disk."""
-        await check_form_fields(request, ("image", "metadata", *_ORIGIN_FIELDS))
+        await check_form_fields(request, ("image", "metadata", *ORIGIN_FIELDS))
         lesion = LesionRequest(
             image=await image.read(),
             metadata=parse_metadata(None if metadata is None else parse_json(metadata, "metadata"), service.model.task),
-            origin=_origin(patient_id, institution, device, acquired_at),
+            origin=parse_origin(patient_id, institution, device, acquired_at),
             idempotency_key=parse_key(idempotency_key),
             caller=caller_of(request).name,
         )
@@ -90,13 +93,13 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
 
         The other fields hold for all of them.
         """
-        await check_form_fields(request, ("images", "metadata", *_ORIGIN_FIELDS))
+        await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS))
         files = [await image.read() for image in images]
         check_batch(files, limits)
         records = [None] * len(images) if metadata is None else parse_json(metadata, "metadata")
         if not isinstance(records, list) or len(records) != len(images):
             raise invalid_field(f"metadata: expected a JSON list of {len(images)} entries, one per image")
-        origin = _origin(patient_id, institution, device, acquired_at)
+        origin = parse_origin(patient_id, institution, device, acquired_at)
         key, caller = parse_key(idempotency_key), caller_of(request).name
         lesions: list[LesionRequest | ApiError] = []
         for index, (file, record) in enumerate(zip(files, records, strict=True)):

@@ -17,11 +17,12 @@ from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, unavailable
 from serve.image_scorer import ImageScores
-from serve.lesion import LesionRequest, PreparedImage, keyed_id, prepare
+from serve.lesion import LesionRequest, Origin, PreparedImage, keyed_id, prepare
 from serve.metadata_fusion import FusedRisks
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings, UploadLimits
 from serve.stage_clock import StageClock
+from store.image_files import StoredImage
 
 logger = logging.getLogger("ray.serve")
 
@@ -89,6 +90,19 @@ class PredictionService:
     def unavailable(self, detail: str) -> ApiError:
         return unavailable(detail, self.settings.retry_after_s)
 
+    def pseudonym(self, origin: Origin) -> str | None:
+        """The patient's HMAC; None where no patient was named."""
+        return origin.patient_hmac if origin.patient_id is None else patient_hmac(origin.patient_id, self._patient_key)
+
+    async def check_image(self, data: bytes) -> StoredImage:
+        """What would be kept of an uploaded file that can be scored.
+
+        Raises:
+            ApiError: as `prepare`.
+        """
+        loop = asyncio.get_running_loop()
+        return (await loop.run_in_executor(self._threads, prepare, data, self.model.input_size, self.limits)).stored
+
     async def predict(self, requests: Sequence[LesionRequest | ApiError]) -> list[Outcome]:
         """Answers lesions in order; an item that is an error already, or turns out to be one, stays one.
 
@@ -147,7 +161,8 @@ class PredictionService:
             if isinstance(request, ApiError):
                 outcomes[index] = request
             else:
-                jobs[index] = loop.run_in_executor(self._threads, prepare, request.image, model.input_size, self.limits)
+                limits = None if request.stored else self.limits
+                jobs[index] = loop.run_in_executor(self._threads, prepare, request.image, model.input_size, limits)
         results = await asyncio.gather(*jobs.values(), return_exceptions=True)
         images = {}
         for index, result in zip(jobs, results, strict=True):
@@ -208,7 +223,7 @@ class PredictionService:
             received_at=clock.received_at,
             acquired_at=origin.acquired_at,
             caller=request.caller,
-            patient_hmac=None if origin.patient_id is None else patient_hmac(origin.patient_id, self._patient_key),
+            patient_hmac=self.pseudonym(origin),
             institution=origin.institution,
             device=origin.device,
             image_hash=image.stored.hash,

@@ -18,7 +18,8 @@ from serve.errors import unavailable
 from serve.ingress import NOTICE_HEADER, build_api
 from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
-from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
+from serve.settings import DriftLoggerSettings, IngressSettings, SubmissionSettings, UploadLimits
+from serve.submission_queue import SubmissionQueue
 from tests.bundle_factory import (
     LocalFusion,
     LocalScorer,
@@ -69,7 +70,8 @@ class Served:
         )
         self.service = PredictionService(*nodes, durable, LIMITS, IngressSettings(), b"a test's secret")
         self.service.use_model(ServedModel.load(reference))
-        self.client = TestClient(build_api(self.service), raise_server_exceptions=False)
+        submissions = SubmissionQueue(self.service, self.log, SubmissionSettings(), wake=lambda: None)
+        self.client = TestClient(build_api(self.service, self.log, submissions), raise_server_exceptions=False)
 
     def predict(self, image=None, key=None, **form):
         headers = {} if key is None else {"Idempotency-Key": key}
