@@ -92,7 +92,9 @@ class SubmissionWorker:
             except Exception as error:
                 logger.error("the submission queue cannot be read: %r", error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._settings.poll_interval_s)
+                # Not `wait_for`, which before Python 3.12 loses a cancellation that comes together with the wake-up.
+                async with asyncio.timeout(self._settings.poll_interval_s):
+                    await self._wake.wait()
 
     async def _claim(self) -> None:
         """Fills the free places with due submissions."""

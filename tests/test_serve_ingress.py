@@ -336,6 +336,8 @@ def test_health_readiness_and_documentation(served):
     assert served.client.get("/docs").status_code == 200
     paths = served.client.get("/openapi.json").json()["paths"]
     assert {"/v1/predict", "/v1/predict/batch", "/v1/model", "/healthz", "/readyz"} <= set(paths)
+    assert {"/v1/submissions", "/v1/submissions/{submission_id}", "/v1/candidates"} <= set(paths)
+    assert {"/v1/retrain", "/v1/retrain/{retrain_id}", "/v1/candidates/{version}/approve"} <= set(paths)
 
 
 def test_an_unexpected_failure_is_a_json_500_that_quotes_nothing(served, monkeypatch):
