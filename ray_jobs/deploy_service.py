@@ -38,6 +38,7 @@ from serve.settings import (
     ScorerSettings,
     ServeSettings,
     StorageSettings,
+    SubmissionSettings,
     UploadLimits,
 )
 from store.api_keys import list_api_keys
@@ -68,6 +69,7 @@ class DeployServiceConfig(JobConfig):
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
+    submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
 
     @field_validator("host")
     @classmethod
@@ -157,6 +159,7 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         fusion=config.fusion,
         drift_logger=config.drift_logger,
         access=config.access,
+        submissions=config.submissions,
         runtime_env={
             "working_dir": release.as_uri(),
             "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},

@@ -19,6 +19,8 @@ from modeling.image_scorer import ExportableScorer
 from modeling.metrics import risk
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
+from store.candidates import record_candidate
+from store.database import Store, StoreUnavailableError, open_store
 from training.config import BuildConfig, TrainingConfig
 from training.context_models import ContextResults
 from training.environment import describe_environment
@@ -44,6 +46,7 @@ class TrainModelConfig(JobConfig):
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
     model_name: str = "dermray"
+    store_url: Location | None = Field(None, description="where GET /v1/candidates finds the candidate; null: nowhere")
 
 
 def git_commit() -> str:
@@ -144,9 +147,18 @@ def run_parameters(config: TrainModelConfig, version: DatasetVersion) -> dict[st
     return facts | _flatten(training) | _flatten(config.build.model_dump(), "build.")
 
 
+def open_candidates(store_url: str | None) -> Store | None:
+    """The store that hears of the candidate, opened before hours of training; ValueError where it cannot be."""
+    try:
+        return None if store_url is None else open_store(store_url)
+    except StoreUnavailableError as error:
+        raise ValueError(f"store_url: {error}") from error
+
+
 def run(config: TrainModelConfig) -> dict[str, Any]:
     version = open_dataset(config.dataset)
     check_trainable(version)
+    store = open_candidates(config.store_url)
     run_name = config.run_name or f"{version.task.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if version.images_path is not None:
         check_training(config.training, version, [None, *version.training_folds])
@@ -195,6 +207,12 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         artifacts_dir=report,
         tags={"synthetic": str(version.task.synthetic).lower(), "task": version.task.name},
     )
+    gate = {context: summary(splits["gate"]) for context, splits in results.evaluation.items()}
+    if store is not None:
+        try:
+            record_candidate(store, registered.version, registered.digest, gate)
+        except StoreUnavailableError as error:
+            say(f"the candidate is registered, but GET /v1/candidates will not show it: {error}")
     return {
         "model_version": registered.version,
         "bundle": str(directory),
@@ -202,7 +220,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
         "run_name": run_name,
         "report": str(report),
         "synthetic": version.task.synthetic,
-        "gate": {context: summary(splits["gate"]) for context, splits in results.evaluation.items()},
+        "gate": gate,
         "gains": [row for row in results.comparison["gains"]["gate"] if row["model"] == list(results.evaluation)[-1]],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from monitoring.prediction_log import PredictionLog
 from serve.access import AccessGuard
 from serve.admission import Admission, AdmissionGuard
 from serve.alarm_routes import add_alarm_routes
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
+from serve.candidate_routes import add_candidate_routes
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.explanation_routes import add_explanation_routes
@@ -31,9 +34,13 @@ from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
 from serve.record_routes import add_record_routes
 from serve.records import RecordService
+from serve.retrain_routes import add_retrain_routes
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ModelReference, ServeSettings
+from serve.submission_queue import SubmissionQueue
+from serve.submission_routes import add_submission_routes
+from serve.submission_worker import SubmissionWorker
 from serve.triage_routes import add_triage_routes
 from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
@@ -43,24 +50,37 @@ NOTICE_HEADER = "X-Dermray-Notice"
 _FORM_BYTES = 2**20 + 2**16
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What stands behind the routes.
+
+    Attributes:
+        service: scores; it must have a model before the first request.
+        log: the prediction log, with its store.
+        records: what people read and note in it.
+        submissions: what is scored later.
+        keys: who may call; None leaves the service open.
+        buckets: rate limit per key.
+    """
+
+    service: PredictionService
+    log: PredictionLog
+    records: RecordService
+    submissions: SubmissionQueue
+    keys: KeyRing | None = None
+    buckets: TokenBuckets | None = None
+
+
 class _Api(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         # Middleware that is added stands inside Starlette's own, which answers what no one foresaw.
         return SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
 
 
-def build_api(
-    service: PredictionService,
-    records: RecordService,
-    keys: KeyRing | None = None,
-    buckets: TokenBuckets | None = None,
-) -> FastAPI:
-    """The routes around a service, which must have a model before the first request, and around its log.
-
-    Args:
-        keys: who may call; None leaves the service open.
-        buckets: rate limit per key.
-    """
+def build_api(backend: Backend) -> FastAPI:
+    """All routes, and what stands around them."""
+    service, records, keys = backend.service, backend.records, backend.keys
+    retry_after_s = service.settings.retry_after_s
     limits = service.limits
     api = _Api(
         title="dermray",
@@ -76,6 +96,7 @@ def build_api(
         "/v1/predict/batch": limits.max_batch_bytes,
         "/v1/patients/triage": limits.max_batch_bytes,
         "/v1/explain": limits.max_image_bytes,
+        "/v1/submissions": limits.max_image_bytes,
     }
     api.add_middleware(WholeForm)
     api.add_middleware(
@@ -83,20 +104,23 @@ def build_api(
     )
     api.add_middleware(
         AdmissionGuard,
-        admission=Admission(service.settings.admission, service.oldest_wait_s, service.settings.retry_after_s),
+        admission=Admission(service.settings.admission, service.oldest_wait_s, retry_after_s),
         paths=bodies,
         largest_body=limits.max_batch_bytes + _FORM_BYTES,
     )
     if keys is not None:
-        api.add_middleware(AccessGuard, keys=keys, buckets=buckets)
+        api.add_middleware(AccessGuard, keys=keys, buckets=backend.buckets)
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
     add_explanation_routes(api, service)
+    add_submission_routes(api, service, backend.submissions)
     add_record_routes(api, records)
     add_label_routes(api, service, records)
     add_alarm_routes(api, records)
     add_patient_routes(api, records)
+    add_retrain_routes(api, backend.log, retry_after_s)
+    add_candidate_routes(api, backend.log, retry_after_s)
     _add_model_routes(api, service, keys)
     add_docs(api, with_keys=keys is not None)
     return api
@@ -140,11 +164,11 @@ class Ingress:
         log = open_log(config.storage)
         self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
         access = config.access
-        self._keys = self._buckets = None
+        keys = buckets = None
         if access.require_keys:
-            self._keys = KeyRing(lambda: list_api_keys(log.store, live_only=True), access.refresh_s)
+            keys = KeyRing(lambda: list_api_keys(log.store, live_only=True), access.refresh_s)
         if access.requests_per_s is not None:
-            self._buckets = TokenBuckets(access.requests_per_s, access.burst)
+            buckets = TokenBuckets(access.requests_per_s, access.burst)
         scoring = LesionScoring(
             ScorerNode(scorer, config.scorer, config.ingress.retry_after_s),
             FusionNode(fusion, config.ingress.retry_after_s),
@@ -153,16 +177,30 @@ class Ingress:
             config.scorer.max_batch_size,
         )
         patient_key = Path(config.storage.patient_key_file).read_bytes()
-        self.service = PredictionService(scoring, self._log, patient_key)
-        self._records = RecordService(log, patient_key, config.ingress.retry_after_s)
+        service = PredictionService(scoring, self._log, patient_key)
+        self._worker = SubmissionWorker(service, log, config.submissions)
+        self._backend = Backend(
+            service,
+            log,
+            RecordService(log, patient_key, config.ingress.retry_after_s),
+            SubmissionQueue(service, log, config.submissions, self._worker.wake),
+            keys,
+            buckets,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.service, self._records, self._keys, self._buckets)
+        return build_api(self._backend)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
-        self.service.use_model(ServedModel.load(ModelReference.model_validate(config)))
+        self._backend.service.use_model(ServedModel.load(ModelReference.model_validate(config)))
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
-        if self._keys is not None:
-            await self._keys.start()
+        if self._backend.keys is not None:
+            await self._backend.keys.start()
+        self._worker.start()
+
+    async def __del__(self) -> None:
+        # Serve calls it before it ends a replica, also one whose constructor failed.
+        if hasattr(self, "_worker"):
+            await self._worker.stop()

@@ -19,7 +19,7 @@ from modeling.schema import TaskSpec
 from serve.access import ANONYMOUS
 from serve.errors import ApiError, invalid_field
 from serve.settings import UploadLimits
-from serve.upload import check_upload
+from serve.upload import check_upload, sniff_format
 from store.image_files import StoredImage, prepare_image, strip_jpeg_metadata
 from store.tables import now_us
 
@@ -36,10 +36,12 @@ _DAY_US = 86_400_000_000
 class Origin:
     """Who and what a picture comes from; all optional.
 
-    `acquired_at`: microseconds since the epoch, UTC.
+    `patient_hmac`: the patient's pseudonym, where the id is no longer known. `acquired_at`: microseconds since the
+    epoch, UTC.
     """
 
     patient_id: str | None = None
+    patient_hmac: str | None = None
     institution: str | None = None
     device: str | None = None
     acquired_at: int | None = None
@@ -69,8 +71,8 @@ def decode_upload(data: bytes, limits: UploadLimits) -> np.ndarray:
     return _decode(_readable(data, limits))
 
 
-def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage:
-    """Checks, decodes and resizes an uploaded file.
+def prepare(data: bytes, input_size: int, limits: UploadLimits | None) -> PreparedImage:
+    """Checks, decodes and resizes an uploaded file; without limits, one that was checked when it was uploaded.
 
     Raises:
         ApiError: see `decode_upload`.
@@ -81,10 +83,11 @@ def prepare(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage
     return PreparedImage(pixels, image_quality(image, pixels), prepare_image(readable))
 
 
-def _readable(data: bytes, limits: UploadLimits) -> bytes:
+def _readable(data: bytes, limits: UploadLimits | None) -> bytes:
     """What the decoder gets. Of a JPEG that is what will be kept: no profile, thumbnail or second picture behind the
     first comes near the decoder, and what is scored is what can be looked at later."""
-    if check_upload(data, limits) != "jpeg":
+    image_format = sniff_format(data) if limits is None else check_upload(data, limits)
+    if image_format != "jpeg":
         return data
     try:
         return strip_jpeg_metadata(data)
@@ -103,7 +106,7 @@ def _undecodable(error: ValueError) -> ApiError:
     return ApiError(422, "undecodable_image", f"image: {' '.join(str(error).split())}")
 
 
-def prepare_or_error(data: bytes, input_size: int, limits: UploadLimits) -> PreparedImage | ApiError:
+def prepare_or_error(data: bytes, input_size: int, limits: UploadLimits | None) -> PreparedImage | ApiError:
     """As `prepare`; the error is returned: one bad picture of a batch is its own business."""
     try:
         return prepare(data, input_size, limits)
@@ -231,7 +234,8 @@ def keyed_id(caller: str, key: str) -> str:
 class LesionRequest:
     """One picture with what was said of it, fields already checked; `metadata` None when none was given.
 
-    `caller`: who sent it; idempotency keys are the caller's own.
+    `caller`: who sent it; idempotency keys are the caller's own. `stored`: the picture comes from the image store,
+    where it may be larger than an upload may be (a WebP is kept as PNG).
     """
 
     image: bytes
@@ -239,3 +243,4 @@ class LesionRequest:
     origin: Origin = Origin()
     idempotency_key: str | None = None
     caller: str = ANONYMOUS.name
+    stored: bool = False

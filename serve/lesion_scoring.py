@@ -205,13 +205,12 @@ class LesionScoring:
         self, requests: Sequence[LesionRequest], model: ServedModel
     ) -> Sequence[PreparedImage | ApiError]:
         """The requests' pictures, decoded, or why one is none."""
+        # What was stored before was checked before.
+        arguments = [(request.image, model.input_size, None if request.stored else self.limits) for request in requests]
         if len(requests) == 1 and len(requests[0].image) <= _SMALL_BYTES:
-            return [prepare_or_error(requests[0].image, model.input_size, self.limits)]
+            return [prepare_or_error(*arguments[0])]
         decode = asyncio.get_running_loop().run_in_executor
-        arguments = (model.input_size, self.limits)
-        return await gather_or_cancel(
-            [decode(self._threads, prepare_or_error, request.image, *arguments) for request in requests]
-        )
+        return await gather_or_cancel([decode(self._threads, prepare_or_error, *item) for item in arguments])
 
     async def explain(self, data: bytes, view: View, target_class: str | None, model: ServedModel) -> Explanation:
         """See `PredictionService.explain`."""

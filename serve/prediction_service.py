@@ -16,11 +16,12 @@ from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, unavailable
 from serve.explanation import Explanation, View
-from serve.lesion import LesionRequest, keyed_id
+from serve.lesion import LesionRequest, Origin, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings
 from serve.stage_clock import StageClock
+from store.image_files import StoredImage
 
 logger = logging.getLogger("ray.serve")
 
@@ -69,6 +70,21 @@ class PredictionService:
 
     def unavailable(self, detail: str) -> ApiError:
         return unavailable(detail, self.settings.retry_after_s)
+
+    def pseudonym(self, origin: Origin) -> str | None:
+        """The patient's HMAC; None where no patient was named."""
+        return origin.patient_hmac if origin.patient_id is None else patient_hmac(origin.patient_id, self._patient_key)
+
+    async def check_image(self, data: bytes) -> StoredImage:
+        """What would be kept of an uploaded file that can be scored.
+
+        Raises:
+            ApiError: as `prepare`.
+        """
+        (image,) = await self.scoring.prepare([LesionRequest(data)], self.model)
+        if isinstance(image, ApiError):
+            raise image
+        return image.stored
 
     async def predict(self, requests: Sequence[LesionRequest | ApiError], patient: bool = False) -> list[Outcome]:
         """Answers lesions in order; an item that is an error already, or turns out to be one, stays one.
@@ -158,7 +174,7 @@ class PredictionService:
             received_at=clock.received_at,
             acquired_at=origin.acquired_at,
             caller=request.caller,
-            patient_hmac=None if origin.patient_id is None else patient_hmac(origin.patient_id, self._patient_key),
+            patient_hmac=self.pseudonym(origin),
             institution=origin.institution,
             device=origin.device,
             image_hash=image.stored.hash,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from monitoring.prediction_log import PredictionLog, patient_hmac
 from serve.errors import ApiError, unavailable
 from store.alarm_records import acknowledge_alarm, alarms_page
 from store.database import StoreUnavailableError
-from store.erasure import EraseHook, Erasure, PatientErasure
+from store.erasure import Erasure, PatientErasure
 from store.labels import AddedLabel, NewLabel, add_label
 from store.monitoring_summary import monitoring_summary
 from store.prediction_records import PredictionFilter, prediction_image, prediction_with_labels, predictions_page
@@ -39,16 +39,12 @@ class RecordService:
         log: this node's log, whose spool may hold records that the store does not have yet.
         patient_key: secret behind patient pseudonyms.
         retry_after_s: what a 503 tells the client.
-        erase_hooks: further tables that an erasure empties of a patient.
     """
 
-    def __init__(
-        self, log: PredictionLog, patient_key: bytes, retry_after_s: int, erase_hooks: Sequence[EraseHook] = ()
-    ):
+    def __init__(self, log: PredictionLog, patient_key: bytes, retry_after_s: int):
         self._log = log
         self._patient_key = patient_key
         self._retry_after_s = retry_after_s
-        self._erase_hooks = erase_hooks
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="records")
 
     async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
@@ -159,7 +155,7 @@ class RecordService:
 
         def erase() -> Erasure:
             log = self._log
-            erasure = PatientErasure(log.store, log.image_files, log.spool, self._erase_hooks)
+            erasure = PatientErasure(log.store, log.image_files, log.spool)
             return erasure.erase(self.pseudonym(patient_id), actor)
 
         return await self._run(erase)

@@ -118,6 +118,17 @@ class DriftLoggerSettings(_Settings):
     replay_interval_s: float = Field(1.0, gt=0, description="between tries to empty the spool")
 
 
+class SubmissionSettings(_Settings):
+    """The queue of submissions: how many may wait, and how an ingress replica works through them."""
+
+    max_pending: int = Field(1000, ge=1, description="queued submissions; beyond them, 429 with Retry-After")
+    concurrency: int = Field(8, ge=1, description="submissions that one ingress replica scores at a time")
+    lease_s: float = Field(60.0, gt=0, description="after it, another replica takes over what one has not finished")
+    attempts: int = Field(12, ge=1, description="tries before a submission fails for good")
+    backoff_s: float = Field(5.0, gt=0, description="wait after the first failed try; doubled after each, to an hour")
+    poll_interval_s: float = Field(5.0, gt=0, description="between looks for what other replicas left")
+
+
 class StorageSettings(_Settings):
     """Where predictions go; absolute paths or URLs, because a replica's working directory is temporary.
 
@@ -162,7 +173,18 @@ class ServeSettings(_Settings):
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
+    submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
     runtime_env: dict[str, Any] | None = Field(None, description="code and environment of every replica")
+
+    @model_validator(mode="after")
+    def _leases_last(self) -> ServeSettings:
+        lease, request = self.submissions.lease_s, self.ingress.request_timeout_s
+        if lease <= request:
+            raise ValueError(
+                f"submissions.lease_s is {lease:g}; expected more than ingress.request_timeout_s {request:g}, or a "
+                "lease ends while its submission is still being scored"
+            )
+        return self
 
 
 class ModelReference(_Settings):

@@ -20,14 +20,15 @@ ADVISORY_LOCK = 0x6465726D
 
 
 def connect(url: str, create: bool = True) -> Engine:
-    """An engine on a store whose schema is the one of this code, created where the database is empty.
+    """An engine on a store whose schema is the one of this code: created where the database is empty, and brought up
+    to date where an older release made it.
 
     Args:
         create: False: an SQLite file that is not there is an error.
 
     Raises:
         ValueError: not a store URL, a folder that cannot be made, a file that is no SQLite database, a database of
-            something else, or a store of another schema version.
+            something else, or a store of a later release.
         sqlalchemy.exc.DBAPIError: the database does not answer.
     """
     try:
@@ -36,7 +37,12 @@ def connect(url: str, create: bool = True) -> Engine:
         raise ValueError(f"store_url is {url!r}; expected sqlite:///PATH or postgresql+psycopg://...") from None
     backend = parsed.get_backend_name()
     if backend == "postgresql":
-        engine = sql.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        engine = sql.create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            # Without it an INSERT reports -1 rows, and no caller learns whether its row was new.
+            execution_options={"preserve_rowcount": True},
+        )
         with _disposed_on_error(engine), engine.begin() as connection:
             connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
             _create_or_check(connection, url)
@@ -124,11 +130,17 @@ def _create_or_check(connection: Connection, url: str) -> None:
     if schema_version.name not in existing:
         raise ValueError(f"store {name} holds other tables ({', '.join(sorted(existing)[:3])}, ...); expected a store")
     found = connection.execute(sql.select(sql.func.max(schema_version.c.version))).scalar()
-    if found != SCHEMA_VERSION:
+    if found is None or found > SCHEMA_VERSION:
         raise ValueError(f"store {name} has schema version {found}; this release reads version {SCHEMA_VERSION}")
-    # Indexes that this release has and the one that made the store had not. They change no row, and older releases
-    # read and write past them, so the version stays.
+    if found < SCHEMA_VERSION:
+        _upgrade(connection)
+
+
+def _upgrade(connection: Connection) -> None:
+    """Makes the tables and indexes that an older store lacks, in the caller's transaction."""
+    schema.create_all(connection)
     for table in schema.sorted_tables:
-        if table.name in existing:
-            for index in table.indexes:
-                index.create(connection, checkfirst=True)
+        # `create_all` passes over a table that is there, with all its indexes.
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+    connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))

@@ -32,7 +32,7 @@ def open_store(url: str, create: bool = True) -> Store:
         create: False for readers, to whom a mistyped path must not be an empty store.
 
     Raises:
-        ValueError: not a store, a store of another schema version, or none there with `create=False`.
+        ValueError: not a store, a store of a later release, or none there with `create=False`.
         StoreUnavailableError: the database does not answer.
     """
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from store.database import Store, StoreUnavailableError
 from store.image_files import ImageFiles
 from store.labels import MISSED_CANCER
 from store.spool import Spool
+from store.submissions import erase_submissions, images_in_submissions, images_of_submissions
 from store.tables import alarms, audit, images, labels, predictions
 
 logger = logging.getLogger(__name__)
@@ -30,26 +31,13 @@ ROWS_ERASED, FILES_REMOVED = "erase_patient", "erase_patient_files"
 _CHUNK = 200
 
 
-@dataclass(frozen=True)
-class ErasedElsewhere:
-    """What a hook removed: rows of `table`, and the hashes of images that these rows may have been the last to use."""
-
-    table: str
-    num_rows: int
-    image_hashes: frozenset[str] = frozenset()
-
-
-EraseHook = Callable[[Connection, str], ErasedElsewhere]
-"""Removes one more table's rows of a patient, given the erasure's transaction and the patient's pseudonym."""
-
-
 @dataclass
 class Erasure:
     """What one call removed.
 
     Attributes:
-        counts: removed predictions, labels and images (rows), spooled rows, alarms whose detail was blanked, and rows
-            of hooks, by name.
+        counts: removed predictions, submissions, labels and images (rows), spooled rows, and alarms whose detail was
+            blanked, by name.
         image_files: files removed, also such as an interrupted call left behind.
         log_emptied: False while a reader keeps SQLite from emptying its write-ahead log, in which deleted bytes remain.
     """
@@ -60,17 +48,12 @@ class Erasure:
 
 
 class PatientErasure:
-    """Erases patients from a store, its images and this machine's spool.
+    """Erases patients from a store, its images and this machine's spool."""
 
-    Args:
-        hooks: further tables that hold something of patients.
-    """
-
-    def __init__(self, store: Store, image_files: ImageFiles, spool: Spool, hooks: Sequence[EraseHook] = ()):
+    def __init__(self, store: Store, image_files: ImageFiles, spool: Spool):
         self._store = store
         self._image_files = image_files
         self._spool = spool
-        self._hooks = hooks
 
     def erase(self, patient_hmac: str, actor: str) -> Erasure:
         """Removes everything of a patient; a second call finds nothing and leaves no second entry.
@@ -95,18 +78,17 @@ class PatientErasure:
             if self._store.engine.dialect.name == "postgresql":
                 # Two erasures at once would each leave a shared image to the other.
                 connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK + 1)))
-            elsewhere = [hook(connection, patient_hmac) for hook in self._hooks]
+            hashes |= images_of_submissions(connection, patient_hmac)
             theirs = predictions.c.patient_hmac == patient_hmac
             ids = sql.select(predictions.c.id).where(theirs)
             query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
             hashes |= set(connection.execute(query.distinct()).scalars())
-            hashes = hashes.union(*(item.image_hashes for item in elsewhere))
             counts = {
                 "alarms": _blank_alarms(connection, ids),
                 "labels": connection.execute(sql.delete(labels).where(labels.c.prediction_id.in_(ids))).rowcount,
                 "predictions": connection.execute(sql.delete(predictions).where(theirs)).rowcount,
+                "submissions": erase_submissions(connection, patient_hmac),
                 "spooled": num_spooled,
-                **{item.table: item.num_rows for item in elsewhere},
             }
             unused = sorted(hashes - images_in_use(connection, hashes))
             counts["images"] = sum(
@@ -163,11 +145,11 @@ def _blank_alarms(connection: Connection, prediction_ids: sql.Select) -> int:
 
 
 def images_in_use(connection: Connection, hashes: Iterable[str]) -> set[str]:
-    """Those of the hashes that a prediction names."""
+    """Those of the hashes that a prediction or a submission names."""
     found: set[str] = set()
     for chunk in _chunks(sorted(hashes)):
         query = sql.select(predictions.c.image_hash).where(predictions.c.image_hash.in_(chunk)).distinct()
-        found |= set(connection.execute(query).scalars())
+        found |= set(connection.execute(query).scalars()) | images_in_submissions(connection, chunk)
     return found
 
 

@@ -211,7 +211,7 @@ class ImageFiles:
         return found
 
     @contextmanager
-    def locked(self, exclusive: bool) -> Iterator[None]:
+    def locked(self, exclusive: bool = False) -> Iterator[None]:
         """Keeps removal apart from writing: who writes an image, then the row that names it, holds the lock shared; who
         removes an image that no row names holds it exclusive. Local paths only, between processes too.
 

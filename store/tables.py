@@ -23,7 +23,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
+# Versions only add tables and indexes: `connect` makes what an older store lacks. Anything else needs a migration.
+SCHEMA_VERSION = 2
 
 # SQLite gives an id of its own only to a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -207,6 +208,16 @@ approvals = Table(
     Column("reason", Text, nullable=False),
     Column("gate", _Json, nullable=False),
     Column("decided_at", BigInteger, nullable=False),
+)
+
+candidates = Table(
+    "candidates",
+    schema,
+    Column("model_version", String(64), primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("gate_metrics", _Json, nullable=False),
+    Column("state", String(16), nullable=False),
 )
 
 audit = Table(

@@ -9,12 +9,16 @@ import numpy as np
 
 from modeling.abstention import AbstentionRule
 from modeling.preprocessing import decode_image, image_quality, resize
+from monitoring.prediction_log import PredictionLog
 from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
 from serve.image_scorer import ImageScorerLogic
+from serve.ingress import Backend
 from serve.lesion_scoring import LesionScoring
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.prediction_service import PredictionService
-from serve.settings import IngressSettings, ModelReference, StorageSettings, UploadLimits
+from serve.records import RecordService
+from serve.settings import IngressSettings, ModelReference, StorageSettings, SubmissionSettings, UploadLimits
+from serve.submission_queue import SubmissionQueue
 from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
 
 CONTEXTS = ["image_only", "none"]
@@ -144,3 +148,12 @@ def prediction_service(nodes, durable, limits=None, key: bytes = b"a test's secr
     """A service over (scorer, fusion) in process; it has no model yet."""
     scoring = LesionScoring(*nodes, limits or UploadLimits(), IngressSettings(), max_batch_size=4)
     return PredictionService(scoring, durable, key)
+
+
+def backend(
+    service: PredictionService, log: PredictionLog, key: bytes = b"a test's secret", retry_after_s: int = 2, **guards
+) -> Backend:
+    """What stands behind the routes of a service; no worker takes its submissions."""
+    records = RecordService(log, key, retry_after_s)
+    submissions = SubmissionQueue(service, log, SubmissionSettings(), wake=lambda: None)
+    return Backend(service, log, records, submissions, **guards)

@@ -15,9 +15,12 @@ import pytest
 
 from local.cluster import LocalCluster
 from local.head_environment import LOOPBACK_ONLY
+from tests.postgres_server import any_store_url, postgres_server, postgres_url
+
+__all__ = ["any_store_url", "postgres_server", "postgres_url"]
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
-SERVER_MARKS = ("ray", "browser", "slow")
+SERVER_MARKS = ("ray", "browser", "slow", "postgres")
 _forbidden_skips: list[str] = []
 
 

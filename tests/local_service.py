@@ -9,10 +9,9 @@ from starlette.testclient import TestClient
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.ingress import build_api
-from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, ModelReference, UploadLimits
-from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, prediction_service, storage
+from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, backend, prediction_service, storage
 
 
 class LocalService:
@@ -28,7 +27,7 @@ class LocalService:
         self.scorer = LocalScorer(reference)
         self.service = prediction_service((self.scorer, LocalFusion(reference)), durable, limits)
         self.service.use_model(ServedModel.load(reference))
-        self.api = build_api(self.service, RecordService(self.log, b"a test's secret", retry_after_s=1))
+        self.api = build_api(backend(self.service, self.log))
         self.client = TestClient(self.api, raise_server_exceptions=False)
 
     def rows(self) -> list[dict]:

@@ -118,6 +118,12 @@ def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_p
         settings.storage.model_validate(settings.storage.model_dump() | {"spool_dir": "spool"})
 
 
+def test_replicas_are_told_how_to_work_through_submissions(dermray_home):
+    config = DeployServiceConfig(submissions={"max_pending": 5, "lease_s": 90})
+    told = serve_settings(config, dermray_home / "releases" / "x.zip").submissions
+    assert (told.max_pending, told.lease_s) == (5, 90)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::"])
 def test_an_open_service_listens_on_loopback_only(host):
     with pytest.raises(ValidationError, match=f"host {host} is not a loopback address.*access.require_keys: true"):

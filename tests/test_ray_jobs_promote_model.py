@@ -14,6 +14,7 @@ from modeling.engine_set import find_engine_set
 from modeling.registry import Registry
 from ray_jobs import export_engine, promote_model
 from store import audit_chain
+from store.candidates import approve_candidate, find_candidate, record_candidate
 from store.database import open_store
 from tests.house import REPO_ROOT
 from tests.tiny_bundle import tiny_bundle
@@ -186,6 +187,55 @@ def test_a_bundle_path_is_exported_without_a_registry(bundles, export, paths):
     json.dumps(result)
 
 
+def approve(store, version, approver="Ada"):
+    """What POST /v1/candidates/{version}/approve does."""
+    return approve_candidate(store, find_candidate(store, version), approver, "fewer missed melanomas")
+
+
+def candidate_state(store, version):
+    return find_candidate(store, version)["state"]
+
+
+def test_without_an_approver_the_person_decides_who_approved_the_version(registry, bundles, promote, export, store):
+    found = register(registry, bundles["good"])
+    record_candidate(store, found.version, found.digest, {})
+    export()
+    with pytest.raises(ValueError, match="nobody has approved version 1; give --approver NAME, or POST /v1/candidates"):
+        promote(approver=None)
+    assert registry.find("champion") is None
+    approve(store, "1")
+    result = promote(approver=None)
+    assert (result["champion"], result["approver"], result["changed"]) == ("1", "Ada", True)
+    assert registry.history()[-1]["reason"] == "fewer missed melanomas"
+    assert [(row["decision"], row["approver"]) for row in store.approvals()] == [("promote", "Ada"), ("approve", "Ada")]
+    assert candidate_state(store, "1") == "promoted"
+
+
+def test_a_champion_that_was_rolled_back_does_not_return_on_its_old_approval(registry, bundles, promote, export, store):
+    for _ in range(2):
+        found = register(registry, bundles["good"])
+        record_candidate(store, found.version, found.digest, {})
+        export()
+        approve(store, found.version)
+        promote(approver=None)
+    promote(rollback=True, approver="Cleo")
+    assert [candidate_state(store, version) for version in "12"] == ["promoted", "rejected"]
+    with pytest.raises(ValueError, match="nobody has approved version 2"):
+        promote(approver=None)
+    assert promote(approver="Cleo")["champion"] == "2"
+    assert candidate_state(store, "2") == "promoted"
+
+
+def test_the_gates_refusal_rejects_a_candidate_unless_only_engines_are_wanting(registry, bundles, promote, store):
+    for name, version, state in (("good", "1", "candidate"), ("poor", "2", "rejected")):
+        found = register(registry, bundles[name])
+        record_candidate(store, found.version, found.digest, {})
+        # No engine set yet: the good one's only fault.
+        with pytest.raises(ValueError, match="does not pass the gate"):
+            promote()
+        assert candidate_state(store, version) == state
+
+
 @pytest.mark.parametrize("approver", ["", "   ", "true"])
 def test_the_approver_needs_a_name(approver):
     with pytest.raises(ValueError, match="name of the person who approves"):
@@ -195,7 +245,8 @@ def test_the_approver_needs_a_name(approver):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "config key 'approver' is missing"),
+        ([], "no candidate registered for model 'dermray'"),
+        (["--rollback"], "approver is missing; expected --approver"),
         (["--approver", "Ada"], "no candidate registered for model 'dermray'"),
         (["--approver", "Ada", "--force", "true"], "unknown config key 'force'"),
         (["--approver", "Ada", "--rules.min-auc", "2"], "rules.min_auc = 2"),

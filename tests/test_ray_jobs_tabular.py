@@ -15,6 +15,8 @@ from modeling.metrics import roc_auc
 from modeling.registry import Registry
 from ray_jobs import deploy_service, export_engine, prepare_dataset, promote_model, score_dataset, train_model
 from ray_jobs.job import REPO_ROOT, read_yaml
+from store.candidates import find_candidate
+from store.database import open_store
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def train(home, prepared, run_name):
             run_name=run_name,
             runs=str(home / "runs"),
             bundles=str(home / "bundles"),
+            store_url=f"sqlite:///{home}/store.db",
             **registry(home),
         )
     )
@@ -61,6 +64,12 @@ def train(home, prepared, run_name):
 @pytest.fixture(scope="module")
 def trained(home, prepared):
     return train(home, prepared, "tabular")
+
+
+def test_the_store_hears_of_the_candidate(home, trained):
+    candidate = find_candidate(open_store(f"sqlite:///{home}/store.db", create=False), trained["model_version"])
+    assert (candidate["digest"], candidate["state"]) == (trained["digest"], "candidate")
+    assert candidate["gate_metrics"] == trained["gate"] and candidate["gate_metrics"]["none"]["auc"]["value"] > 0.5
 
 
 def scoring(home, model, metadata, name="scores.csv", **other):

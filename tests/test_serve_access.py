@@ -18,7 +18,6 @@ from serve.errors import ApiError
 from serve.ingress import build_api
 from serve.key_ring import KeyRing
 from serve.rate_limit import TokenBuckets
-from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import AccessSettings, DriftLoggerSettings
 from store.api_keys import ROLES, create_api_key, list_api_keys, revoke_api_key
@@ -28,6 +27,7 @@ from tests.bundle_factory import (
     LocalFusion,
     LocalScorer,
     LocalSidecar,
+    backend,
     lesion_image,
     prediction_service,
     served_bundle,
@@ -59,10 +59,8 @@ class Guarded:
         self.service.use_model(ServedModel.load(reference))
         self.loaded = threading.Condition()
         self.loads = 0
-        self.records = RecordService(self.log, b"a test's secret", retry_after_s=1)
-        self.client = TestClient(
-            build_api(self.service, self.records, self.ring, buckets), raise_server_exceptions=False
-        )
+        behind = backend(self.service, self.log, keys=self.ring, buckets=buckets)
+        self.client = TestClient(build_api(behind), raise_server_exceptions=False)
 
     def load(self):
         with self.loaded:
@@ -284,12 +282,12 @@ def test_the_document_says_which_requests_need_a_key(guarded):
     predict = document["paths"]["/v1/predict"]["post"]
     assert predict["security"] and {"401", "403", "429", "503"} <= set(predict["responses"])
     assert "security" not in document["paths"]["/healthz"]["get"]
-    open_service = TestClient(build_api(guarded.service, guarded.records))
+    open_service = TestClient(build_api(backend(guarded.service, guarded.log)))
     assert "securitySchemes" not in open_service.get("/openapi.json").json()["components"]
 
 
 def test_an_open_service_takes_everyone_for_anonymous(guarded):
-    answer = TestClient(build_api(guarded.service, guarded.records)).post(
+    answer = TestClient(build_api(backend(guarded.service, guarded.log))).post(
         "/v1/predict", files={"image": ("x", lesion_image())}, headers={"X-API-Key": guarded.keys["reviewer"]}
     )
     row = guarded.store.find_prediction(answer.json()["prediction_id"])

@@ -16,13 +16,13 @@ from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.errors import unavailable
 from serve.ingress import NOTICE_HEADER, build_api
-from serve.records import RecordService
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
 from tests.bundle_factory import (
     LocalFusion,
     LocalScorer,
     LocalSidecar,
+    backend,
     lesion_image,
     lesion_rule,
     prediction_service,
@@ -70,8 +70,7 @@ class Served:
         )
         self.service = prediction_service(nodes, durable, LIMITS)
         self.service.use_model(ServedModel.load(reference))
-        self.records = RecordService(self.log, b"a test's secret", retry_after_s=2)
-        self.client = TestClient(build_api(self.service, self.records), raise_server_exceptions=False)
+        self.client = TestClient(build_api(backend(self.service, self.log)), raise_server_exceptions=False)
 
     def predict(self, image=None, key=None, **form):
         headers = {} if key is None else {"Idempotency-Key": key}
@@ -336,6 +335,8 @@ def test_health_readiness_and_documentation(served):
     assert served.client.get("/docs").status_code == 200
     paths = served.client.get("/openapi.json").json()["paths"]
     assert {"/v1/predict", "/v1/predict/batch", "/v1/model", "/healthz", "/readyz"} <= set(paths)
+    assert {"/v1/submissions", "/v1/submissions/{submission_id}", "/v1/candidates"} <= set(paths)
+    assert {"/v1/retrain", "/v1/retrain/{retrain_id}", "/v1/candidates/{version}/approve"} <= set(paths)
 
 
 def test_an_unexpected_failure_is_a_json_500_that_quotes_nothing(served, monkeypatch):

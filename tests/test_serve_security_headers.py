@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from serve.ingress import build_api
 from serve.security_headers import PAGES, SecurityHeaders
-from tests.bundle_factory import lesion_image, served_bundle, storage
+from tests.bundle_factory import backend, lesion_image, served_bundle, storage
 from tests.test_serve_access import Guarded
 
 EXPECTED = {
@@ -102,7 +102,7 @@ def test_an_answers_own_header_stays():
 
 
 def test_an_open_service_has_them_too(guarded):
-    response = TestClient(build_api(guarded.service, guarded.records)).post(
+    response = TestClient(build_api(backend(guarded.service, guarded.log))).post(
         "/v1/predict", files={"image": ("x", lesion_image())}
     )
     assert response.status_code == 200

@@ -11,11 +11,12 @@ import pytest
 from monitoring.prediction_log import PredictionLog, PredictionRecord
 from store import audit_chain, connection
 from store.database import Store, StoreUnavailableError, open_store
-from store.erasure import ErasedElsewhere, PatientErasure
+from store.erasure import PatientErasure
 from store.image_files import ImageFiles
 from store.labels import NewLabel, add_label
 from store.prediction_records import PredictionFilter, predictions_page
 from store.spool import Spool
+from store.submissions import claim_submissions, find_submission, insert_submission
 from tests.log_rows import prediction_row
 
 THEIRS, OTHER = "a" * 64, "b" * 64
@@ -53,8 +54,8 @@ class Place:
         for prediction in ("own", "other"):
             add_label(self.store, NewLabel(prediction, "mel", True, f"expert of {prediction}"), "clinic")
 
-    def erase(self, patient=THEIRS, hooks=()):
-        return PatientErasure(self.store, self.images, self.spool, hooks).erase(patient, "admin")
+    def erase(self, patient=THEIRS):
+        return PatientErasure(self.store, self.images, self.spool).erase(patient, "admin")
 
     def ids(self):
         return {row["id"] for row in predictions_page(self.store, PredictionFilter(), None, 200)}
@@ -81,7 +82,7 @@ def place(tmp_path):
 
 def test_everything_of_the_patient_goes_and_nothing_of_others(place):
     erasure = place.erase()
-    assert erasure.counts == {"predictions": 2, "labels": 1, "images": 1, "alarms": 1, "spooled": 0}
+    assert erasure.counts == {"predictions": 2, "labels": 1, "images": 1, "alarms": 1, "spooled": 0, "submissions": 0}
     assert erasure.image_files == 1 and erasure.log_emptied
     assert place.ids() == {"other", "nobody"} and place.pictures() == {SHARED}
     assert place.store.image_suffix(name_of(SHARED)) == ".jpg" and place.store.image_suffix(name_of(OWN)) is None
@@ -197,23 +198,21 @@ def test_damaged_batches_and_interrupted_appends_are_searched_too(place):
     assert not leftover.exists()
 
 
-def test_a_hook_removes_its_rows_in_the_same_transaction_and_names_its_pictures(place):
+def test_the_patients_submissions_go_in_whatever_state_and_others_keep_their_pictures(place):
+    def submit(data, patient, key):
+        request = {"image_hash": name_of(data), "image_suffix": ".jpg", "patient_hmac": patient, "metadata": None}
+        return insert_submission(place.store, "clinic", key, request, image_row(data), 100)[0]["id"]
+
     place.images.put(SPOOLED)
-
-    def hook(connection, patient_hmac):
-        assert patient_hmac == THEIRS and connection.in_transaction()
-        return ErasedElsewhere("submissions", 4, frozenset({name_of(SPOOLED), name_of(SHARED)}))
-
-    erasure = place.erase(hooks=[hook])
-    assert erasure.counts["submissions"] == 4
-    assert place.pictures() == {SHARED}
-
-    def broken(connection, patient_hmac):
-        raise ValueError("hook")
-
-    with pytest.raises(ValueError, match="hook"):
-        place.erase(OTHER, hooks=[broken])
-    assert "other" in place.ids()
+    waits, theirs = submit(SPOOLED, THEIRS, "1"), submit(OWN, OTHER, "2")
+    claimed = submit(SHARED, THEIRS, "3")
+    assert len(claim_submissions(place.store, 10, 60_000_000, 3, "spent")) == 3
+    erasure = place.erase()
+    assert erasure.counts["submissions"] == 2
+    assert find_submission(place.store, waits) is find_submission(place.store, claimed) is None
+    # OWN was the erased patient's prediction and is another's submission; SPOOLED was theirs alone.
+    assert find_submission(place.store, theirs) is not None
+    assert place.pictures() == {SHARED, OWN}
 
 
 def finished_in_time(work, meanwhile) -> bool:
