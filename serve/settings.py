@@ -34,13 +34,14 @@ class UploadLimits(_Settings):
 
 
 class AdmissionSettings(_Settings):
-    """When a replica of the HTTP node refuses requests with 503: before it is too late, and before memory is short."""
+    """How many requests that need the network are inside an HTTP node's replica, and how long others wait outside."""
 
-    max_wait_s: float = Field(
-        0.4, gt=0, description="how long the picture that is next may have waited for the network"
-    )
-    max_requests: int = Field(512, ge=1, description="requests under way that need the network")
+    max_requests: int = Field(64, ge=1, description="inside at a time: twice what the network takes in a batch")
     max_bytes: int = Field(512 * 2**20, ge=2**20, description="their bodies together; four times that is in memory")
+    max_wait_s: float = Field(0.25, gt=0, description="no one is let in while the next picture has waited longer")
+    patience_s: float = Field(0.4, gt=0, description="how long a request waits outside before it is refused with 503")
+    refuse_after_s: float = Field(1.0, ge=0, description="when the refusal is sent, from its arrival on")
+    max_waiting: int = Field(1000, ge=0, description="waiting outside; above it a refusal is sent at once")
 
 
 class IngressSettings(_Settings):
@@ -49,7 +50,7 @@ class IngressSettings(_Settings):
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     decode_threads: int = Field(2, ge=1)
-    max_ongoing_requests: int = Field(1024, ge=1, description="above admission.max_requests, for the other routes")
+    max_ongoing_requests: int = Field(2048, ge=1, description="above what admission lets in and lets wait")
     max_queued_requests: int = Field(
         512, ge=-1, description="at Serve's own door, once max_ongoing_requests is reached"
     )

@@ -16,7 +16,8 @@ class House:
 
     def __init__(self, **settings):
         self.wait_s = 0.0
-        self.inside = 0
+        self.inside = self.most_inside = 0
+        self.order = []
         self.bodies_read = 0
         self.leave = asyncio.Event()
         self.admission = Admission(AdmissionSettings(**settings), lambda: self.wait_s, retry_after_s=3)
@@ -24,8 +25,14 @@ class House:
 
     async def _app(self, scope, receive, send):
         self.inside += 1
-        await self.leave.wait()
-        self.inside -= 1
+        self.most_inside = max(self.most_inside, self.inside)
+        self.order += [value for _, value in scope["headers"]]
+        try:
+            await self.leave.wait()
+            # So that another one would be seen if it came in too early.
+            await asyncio.sleep(0)
+        finally:
+            self.inside -= 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -59,16 +66,64 @@ def refused(answer) -> str:
     return problem["detail"]
 
 
+AT_ONCE = {"patience_s": 0.01, "refuse_after_s": 0.0}
+"""Nobody waits outside for longer than a moment."""
+LONG = {"patience_s": 60.0}
+
+
 def test_no_more_requests_than_allowed_are_inside_and_each_that_leaves_makes_room():
     async def scenario():
-        house = House(max_requests=2)
-        inside = [asyncio.create_task(house.ask()) for _ in range(2)]
-        await started(*inside)
-        assert "2 requests are under way" in refused(await house.ask())
-        assert house.admission.num_refused == 1
+        house = House(max_requests=2, **LONG)
+        tasks = [asyncio.create_task(house.ask()) for _ in range(5)]
+        await started(*tasks)
+        assert (house.inside, house.bodies_read) == (2, 0)
         house.leave.set()
-        assert [answer[0] for answer in await asyncio.gather(*inside)] == [200, 200]
-        assert (house.admission.num_requests, house.admission.num_bytes) == (0, 0)
+        assert [answer[0] for answer in await asyncio.gather(*tasks)] == [200] * 5
+        assert house.most_inside == 2
+        assert (house.admission.num_requests, house.admission.num_bytes, house.admission.num_refused) == (0, 0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_who_came_first_goes_in_first():
+    async def scenario():
+        house = House(max_requests=1, **LONG)
+        tasks = [asyncio.create_task(house.ask(length)) for length in (1, 2, 3)]
+        await started(*tasks)
+        house.leave.set()
+        await asyncio.gather(*tasks)
+        assert house.order == [b"1", b"2", b"3"]
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_too_long_is_refused_unread_and_told_when_to_come_back():
+    async def scenario():
+        house = House(max_requests=1, **AT_ONCE)
+        inside = asyncio.create_task(house.ask())
+        await started(inside)
+        assert "no place in 0.01 s" in refused(await house.ask())
+        assert house.admission.num_refused == 1
+        assert house.bodies_read == 1, "an unread body breaks the client's connection"
+        house.leave.set()
+        await inside
+        assert (await house.ask())[0] == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_is_held_back_but_only_for_so_many():
+    async def scenario():
+        house = House(max_requests=1, patience_s=0.01, refuse_after_s=60.0, max_waiting=2)
+        tasks = [asyncio.create_task(house.ask()) for _ in range(3)]
+        await started(*tasks)
+        assert "max_waiting" in refused(await house.ask())
+        house.leave.set()
+        done, held = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert {task.result()[0] for task in done} == {200}
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
         assert (await house.ask())[0] == 200
 
     asyncio.run(scenario())
@@ -76,12 +131,12 @@ def test_no_more_requests_than_allowed_are_inside_and_each_that_leaves_makes_roo
 
 def test_bodies_together_stay_below_the_limit_but_one_alone_is_let_in():
     async def scenario():
-        house = House(max_bytes=4 * 2**20)
+        house = House(max_bytes=4 * 2**20, **AT_ONCE)
         first = asyncio.create_task(house.ask(3 * 2**20))
         await started(first)
-        assert "max_bytes" in refused(await house.ask(2 * 2**20))
+        refused(await house.ask(2 * 2**20))
         # An unknown length counts as the largest one.
-        assert "max_bytes" in refused(await house.ask(None))
+        refused(await house.ask(None))
         small = asyncio.create_task(house.ask(2**20))
         await started(small)
         assert house.inside == 2
@@ -92,15 +147,19 @@ def test_bodies_together_stay_below_the_limit_but_one_alone_is_let_in():
     asyncio.run(scenario())
 
 
-def test_an_old_queue_refuses_and_a_young_one_lets_in():
+def test_nobody_is_let_in_while_pictures_wait_long_unless_the_house_is_empty():
     async def scenario():
-        house = House(max_wait_s=0.4)
-        house.leave.set()
+        house = House(max_wait_s=0.4, **AT_ONCE)
         house.wait_s = 0.5
-        assert "wait 0.5 s for the network" in refused(await house.ask())
-        assert house.bodies_read == 1, "an unread body breaks the client's connection"
+        first = asyncio.create_task(house.ask())
+        await started(first)
+        refused(await house.ask())
         house.wait_s = 0.3
-        assert (await house.ask())[0] == 200
+        second = asyncio.create_task(house.ask())
+        await started(second)
+        assert house.inside == 2
+        house.leave.set()
+        await asyncio.gather(first, second)
 
     asyncio.run(scenario())
 
@@ -108,22 +167,47 @@ def test_an_old_queue_refuses_and_a_young_one_lets_in():
 @pytest.mark.parametrize(("path", "method"), [("/readyz", "GET"), ("/v1/model", "GET"), ("/v1/predict", "OPTIONS")])
 def test_what_needs_no_network_is_let_in_when_the_service_is_full(path, method):
     async def scenario():
-        house = House(max_requests=1)
-        house.wait_s = 100.0
+        house = House(max_requests=1, **AT_ONCE)
+        full = asyncio.create_task(house.ask())
+        other = asyncio.create_task(house.ask(path=path, method=method))
+        await started(full, other)
+        assert house.inside == 2
         house.leave.set()
-        assert (await house.ask(path=path, method=method))[0] == 200
+        assert (await other)[0] == (await full)[0] == 200
 
     asyncio.run(scenario())
 
 
-def test_a_request_that_breaks_off_leaves_its_room():
+def test_requests_that_break_off_inside_or_outside_leave_their_place_to_others():
     async def scenario():
-        house = House(max_requests=1)
-        task = asyncio.create_task(house.ask())
-        await started(task)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        house = House(max_requests=1, **LONG)
+        inside, outside, last = (asyncio.create_task(house.ask()) for _ in range(3))
+        await started(inside, outside, last)
+        outside.cancel()
+        await started(outside)
+        inside.cancel()
+        await started(inside)
+        assert house.inside == 1 and not last.done()
         house.leave.set()
-        assert (await house.ask())[0] == 200
+        assert (await last)[0] == 200
+        await asyncio.gather(inside, outside, return_exceptions=True)
+        assert (house.admission.num_requests, house.admission.num_bytes) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_place_that_is_given_to_one_who_breaks_off_in_that_moment_goes_to_the_next():
+    async def scenario():
+        house = House(max_requests=1, **LONG)
+        inside, second, third = (asyncio.create_task(house.ask()) for _ in range(3))
+        await started(inside, second, third)
+        # The first leaves and the second is called; before it runs, it is cancelled.
+        house.leave.set()
+        while not inside.done():
+            await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        assert (await asyncio.wait_for(third, 5))[0] == 200
+        assert (house.admission.num_requests, house.admission.num_bytes) == (0, 0)
 
     asyncio.run(scenario())
