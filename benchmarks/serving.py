@@ -1,10 +1,11 @@
-"""Requests/s and latency of the service in a closed loop, beside a plain FastAPI + ONNX Runtime process.
+"""The service with its durable log beside plain servers of the same network: rates, latencies, CPU time, overload.
 
-    python -m benchmarks.serving --bundle DIR [--images FILE.hdf5] [--clients 1,8,32] [--requests 400] [--rounds 3]
-    python -m benchmarks.serving --url http://127.0.0.1:8000 [--bundle DIR] ...
+    python -m benchmarks.serving --bundle DIR [--images FILE.hdf5] [--clients 1,8,32,100,300] [--seconds 8] [--rounds 3]
 
-Without --url the service is deployed on a cluster of its own, with its durable log on. Every client sends its next
-request when the last is answered. Rounds alternate between the variants; medians are printed as one JSON line last.
+Rounds alternate between the variants; medians are printed as one JSON line last. Closed loop: each client sends its
+next request when the last is answered. Then, for the service alone: an open loop at twice its rate of 32 clients, 300
+users for a minute, and requests of 64 pictures beside the engine's own rate. What was answered with 200 must be in the
+store, once.
 """
 
 from __future__ import annotations
@@ -12,30 +13,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import secrets
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-import aiohttp
 import numpy as np
+import psutil
 
+from benchmarks.load_generator import LoadGenerator, Tally, http_request, run_on_uvloop
+from benchmarks.serving_peers import KINDS
+from benchmarks.serving_variants import Variant, own_service, peer
 from data_pipelines.hdf5_index import build_index
 from data_pipelines.image_reader import ImageReader
 from data_pipelines.synthetic_lesions import encode_jpeg, parity_images
-from local.cluster import LocalCluster
-from local.jobs import parse_result
+from modeling.bundle import load_bundle
+from modeling.engines import create_engine
+from store.database import open_store
 
 NUM_IMAGES = 200
 TILE_PIXELS = 133
-START_TIMEOUT_S = 120.0
+BULK_IMAGES = 64
+_BOUNDARY = secrets.token_hex(16)
+_CONTENT_TYPE = f"multipart/form-data; boundary={_BOUNDARY}"
 
 
 def read_images(path: str | None) -> list[bytes]:
@@ -48,136 +54,177 @@ def read_images(path: str | None) -> list[bytes]:
         return [reader.read(str(index.ids[i]), int(index.offset[i]), int(index.size[i])) for i in chosen]
 
 
-def request_body(image: bytes, boundary: str) -> bytes:
-    """A multipart form with one file, made once: the load generator shares the cores with the server."""
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
-    return head.encode() + image + f"\r\n--{boundary}--\r\n".encode()
+def form(images: list[bytes], name: str, fields: dict[str, str] | None = None) -> bytes:
+    """A multipart form with these pictures under one name."""
+    parts = [
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'.encode()
+        for field, value in (fields or {}).items()
+    ]
+    for image in images:
+        head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="a.jpg"\r\n\r\n'
+        parts.append(head.encode() + image + b"\r\n")
+    return b"".join(parts) + f"--{_BOUNDARY}--\r\n".encode()
 
 
-async def closed_loop(url: str, images: list[bytes], clients: int, requests: int) -> dict[str, float]:
-    """Sends `requests` requests with `clients` clients.
-
-    Returns:
-        rps: answers with 200 a second; p50_ms, p95_ms, p99_ms of these; errors: all other answers.
-    """
-    boundary = secrets.token_hex(16)
-    bodies = [request_body(image, boundary) for image in images]
-    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    numbers = iter(range(requests))
-    latencies: list[float] = []
-    errors = 0
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        nonlocal errors
-        for number in numbers:
-            started = time.perf_counter()
-            try:
-                async with session.post(
-                    f"{url}/v1/predict", data=bodies[number % len(bodies)], headers=headers
-                ) as response:
-                    await response.read()
-                    ok = response.status == 200
-            except aiohttp.ClientError:
-                ok = False
-            if ok:
-                latencies.append(1e3 * (time.perf_counter() - started))
-            else:
-                errors += 1
-
-    connector = aiohttp.TCPConnector(limit=clients)
-    timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
-        started = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(clients)))
-        seconds = time.perf_counter() - started
-    p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) if latencies else (float("nan"),) * 3
-    return {"rps": len(latencies) / seconds, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "errors": errors}
+def generator(url: str, images: list[bytes]) -> LoadGenerator:
+    """Sends one picture a request to /v1/predict."""
+    return LoadGenerator(
+        url, [http_request(url, "/v1/predict", form([image], "image"), _CONTENT_TYPE) for image in images]
+    )
 
 
-def wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Returns once something listens behind the URL."""
-    host, port = url.removeprefix("http://").split(":")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the server behind {url} did not start")
-        time.sleep(0.1)
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def plain_server(bundle: str) -> Iterator[str]:
-    """A FastAPI + ONNX Runtime process; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.serving_peers", "--bundle", bundle, "--port", str(port)]
-    process = subprocess.Popen(command)
-    try:
-        wait_until_it_answers(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+def measured(variant: Variant, run: Callable[[], Tally]) -> tuple[dict[str, float], Tally]:
+    """A measurement's figures, with the milliseconds of CPU per answer by part of the server."""
+    before = variant.cpu_seconds()
+    tally = run()
+    spent = variant.cpu_seconds() - before
+    answered = max(tally.answered, 1)
+    parts = {f"cpu_ms.{part}": 1e3 * seconds / answered for part, seconds in spent.items()}
+    return tally.figures() | {"cpu_ms": 1e3 * sum(spent.values()) / answered} | parts, tally
 
 
-@contextlib.contextmanager
-def own_service(bundle: str, flags: list[str]) -> Iterator[str]:
-    """The service on a cluster of its own, with an empty home; yields its URL."""
-    with tempfile.TemporaryDirectory(prefix="dermray-benchmark-") as home, LocalCluster(Path(home)) as cluster:
-        command = [sys.executable, "-m", "ray_jobs.deploy_service", "--bundle", str(Path(bundle).absolute())]
-        command += ["--port", str(cluster.http_port), *flags]
-        environment = {**os.environ, **cluster.client_environment(), "DERMRAY_HOME": home}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        yield parse_result(done.stdout)["url"]
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Median of each figure over the rounds; counts are added up."""
+    names = sorted({name for row in rows for name in row})
+    found = {name: round(statistics.median(row.get(name, 0.0) for row in rows), 2) for name in names}
+    return found | {name: sum(int(row[name]) for row in rows) for name in ("errors", "refused")}
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def measure(urls: dict[str, str], images: list[bytes], clients: list[int], requests: int, rounds: int) -> dict:
-    """Medians over alternating rounds: variant -> clients -> figures."""
-    measured: dict[tuple[str, int], list[dict[str, float]]] = {}
+def closed_loops(
+    variants: dict[str, Variant], images: list[bytes], clients: list[int], seconds: float, rounds: int
+) -> tuple[dict[str, dict[str, dict[str, float]]], list[str]]:
+    """variant -> clients -> figures, and the ids of all predictions that our own service answered."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    ids: list[str] = []
     for round_number in range(rounds + 1):
         for number in clients:
-            for variant, url in urls.items():
-                count = max(requests // 4, 20) if number == 1 else requests
-                figures = asyncio.run(closed_loop(url, images, number, count))
+            for name, variant in variants.items():
+                load = generator(variant.url, images)
+                figures, tally = measured(
+                    variant, lambda load=load, n=number: run_on_uvloop(lambda: load.closed_loop(n, seconds=seconds))
+                )
+                ids += tally.prediction_ids
                 # The first round warms up: connections, allocators, autoscaling.
                 if round_number > 0:
-                    measured.setdefault((variant, number), []).append(figures)
-                _say(f"round {round_number} {variant} {number} clients: {figures['rps']:.0f} requests/s")
+                    found.setdefault((name, number), []).append(figures)
+                say(
+                    f"round {round_number} {name}, {number} clients: {figures['rps']:.0f} requests/s, "
+                    f"p50 {figures['p50_ms']:.1f} ms, p99 {figures['p99_ms']:.0f} ms, CPU {figures['cpu_ms']:.1f} ms, "
+                    f"{tally.refused} refused, {tally.errors} errors"
+                )
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for (variant, number), rows in measured.items():
-        medians = {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]}
-        result.setdefault(variant, {})[str(number)] = medians | {"errors": sum(int(row["errors"]) for row in rows)}
-    return result
+    for (name, number), rows in found.items():
+        result.setdefault(name, {})[str(number)] = medians(rows)
+    return result, ids
+
+
+def overload(variant: Variant, images: list[bytes], rate: float, users: int, seconds: float) -> tuple[dict, list[str]]:
+    """An open loop at twice the rate, then `users` that never wait, with the replicas' memory before and after."""
+    load = generator(variant.url, images)
+    say(f"open loop at {2 * rate:.0f} requests/s")
+    open_figures, open_tally = measured(variant, lambda: run_on_uvloop(lambda: load.open_loop(2 * rate, seconds / 3)))
+    say(f"answered {open_figures['rps']:.0f}/s, p99 {open_figures['p99_ms']:.0f} ms; {users} users for {seconds:.0f} s")
+    run_on_uvloop(lambda: load.closed_loop(users, seconds=seconds / 6))
+    memory = [replica_megabytes()]
+    figures, tally = measured(variant, lambda: run_on_uvloop(lambda: load.closed_loop(users, seconds=seconds)))
+    memory.append(replica_megabytes())
+    say(f"answered {figures['rps']:.0f}/s, {tally.refused} refused, {tally.errors} errors, memory {memory} MB")
+    result = {"open_loop": {"offered_rps": 2 * rate, **open_figures}, f"{users}_users": figures, "replica_mb": memory}
+    return result, open_tally.prediction_ids + tally.prediction_ids
+
+
+def replica_megabytes() -> int:
+    """Resident memory of all Serve replicas on this host."""
+    total = 0
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if "ServeReplica" in " ".join(process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return round(total / 2**20)
+
+
+def bulk(variant: Variant, bundle_uri: str, images: list[bytes], rounds: int) -> dict[str, float]:
+    """Pictures a second of requests with 64 of them, beside the engine alone at its best batch size."""
+    bundle = load_bundle(bundle_uri)
+    engine = create_engine(bundle)
+    size = bundle.manifest.input_size
+    batch = np.random.default_rng(0).integers(0, 256, (BULK_IMAGES, size, size, 3), dtype=np.uint8)
+    routes = {"/v1/predict/batch": {}}
+    if "patient" in bundle.contexts:
+        routes["/v1/patients/triage"] = {"patient_id": "benchmark"}
+    loads = {
+        path: LoadGenerator(
+            variant.url,
+            [http_request(variant.url, path, form(images[:BULK_IMAGES], "images", fields), _CONTENT_TYPE)],
+        )
+        for path, fields in routes.items()
+    }
+    rates: dict[str, list[float]] = {}
+    for round_number in range(2 * rounds + 1):
+        for chunk in (8, 16, 32):
+            started = time.perf_counter()
+            for start in range(0, BULK_IMAGES, chunk):
+                engine.run(batch[start : start + chunk])
+            rates.setdefault(f"engine_batch_{chunk}", []).append(BULK_IMAGES / (time.perf_counter() - started))
+        for path, load in loads.items():
+            tally = asyncio.run(load.closed_loop(1, requests=3))
+            if tally.answered != 3:
+                raise RuntimeError(f"{path} answered {dict(tally.statuses)}")
+            rates.setdefault(path, []).append(3 * BULK_IMAGES / tally.seconds)
+        if round_number == 0:
+            rates.clear()
+    found = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    best = max(value for name, value in found.items() if name.startswith("engine"))
+    return found | {f"{path} over engine": round(found[path] / best, 3) for path in loads}
+
+
+def missing_or_repeated(home: Path, ids: list[str]) -> dict[str, int]:
+    """How many answered predictions are not in the store, and how many ids were answered or stored twice."""
+    store = open_store(f"sqlite:///{home}/store.db", create=False)
+    stored = Counter(row["id"] for row in store.predictions_between(0, 2**62))
+    store.close()
+    answered = Counter(ids)
+    return {
+        "answered": len(answered),
+        "missing": sum(name not in stored for name in answered),
+        "repeated": sum(count > 1 for count in (*stored.values(), *answered.values())),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", help="a running service; default: deploy one")
-    parser.add_argument("--bundle", help="model bundle, for the own service and the plain server")
+    parser.add_argument("--bundle", required=True, help="model bundle that all variants but fastapi_eager run")
     parser.add_argument("--images", help="ISIC-layout HDF5 file; default: synthetic tiles")
-    parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--requests", type=int, default=400, help="requests of one measurement")
+    parser.add_argument("--clients", default="1,8,32,100,300")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default=",".join(KINDS), help="which to run beside the service")
+    parser.add_argument("--overload-seconds", type=float, default=60.0, help="of the 300 users; 0 leaves overload out")
     parser.add_argument("--deploy", default="", help="more flags for deploy_service, separated by spaces")
     arguments = parser.parse_args()
-    if arguments.url is None and arguments.bundle is None:
-        parser.error("give --url, --bundle or both")
     images = read_images(arguments.images)
+    clients = [int(number) for number in arguments.clients.split(",")]
     with contextlib.ExitStack() as stack:
-        urls = {"dermray": arguments.url}
-        if arguments.url is None:
-            urls["dermray"] = stack.enter_context(own_service(arguments.bundle, arguments.deploy.split()))
-        if arguments.bundle is not None:
-            urls["fastapi_ort"] = stack.enter_context(plain_server(arguments.bundle))
-        clients = [int(number) for number in arguments.clients.split(",")]
-        result = measure(urls, images, clients, arguments.requests, arguments.rounds)
-    print(json.dumps({"cores": os.cpu_count(), "rounds": arguments.rounds, **result}))
+        own = stack.enter_context(own_service(arguments.bundle, arguments.deploy.split()))
+        variants = {"dermray": own}
+        for kind in filter(None, arguments.peers.split(",")):
+            variants[kind] = stack.enter_context(peer(kind, arguments.bundle))
+        gc.disable()  # of the generator: its pauses would be counted as the servers'
+        result, ids = closed_loops(variants, images, clients, arguments.seconds, arguments.rounds)
+        extra: dict[str, object] = {"bulk": bulk(own, arguments.bundle, images, arguments.rounds)}
+        say(f"64 pictures a request: {extra['bulk']}")
+        if arguments.overload_seconds:
+            rate = result["dermray"][str(min(clients, key=lambda number: abs(number - 32)))]["rps"]
+            extra["overload"], more = overload(own, images, rate, 300, arguments.overload_seconds)
+            ids += more
+        assert own.home is not None
+        extra["store"] = missing_or_repeated(own.home, ids)
+        say(f"store: {extra['store']}")
+    print(json.dumps({"cores": os.cpu_count(), "rounds": arguments.rounds, **result, **extra}))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ logger = logging.getLogger("ray.serve")
 
 # Pictures of one request that are scored together: enough for the network's best rate, few enough to overlap.
 PART_IMAGES = 16
+_FIRST_PART_IMAGES = 4
 _PARTS_UNDER_WAY = 3
 # A tile of 10 KB is decoded in less time than a thread takes to get going beside the event loop.
 _SMALL_BYTES = 32 * 2**10
@@ -139,9 +140,11 @@ class LesionScoring:
             ModelsDifferError: ask again, with the model that is served then.
             ApiError: a node does not answer, or 409: the model compares no lesions of a patient.
         """
-        size, order = self._part_images, list(requests)
-        # Parts, so that the network already runs while the next pictures are decoded.
-        parts = [{i: requests[i] for i in order[start : start + size]} for start in range(0, len(order), size)]
+        # Parts, so that the network already runs while the next pictures are decoded; the first is the shortest.
+        order, parts, size = list(requests), [], min(_FIRST_PART_IMAGES, self._part_images)
+        while order:
+            parts.append({index: requests[index] for index in order[:size]})
+            order, size = order[size:], self._part_images
         # One large request must not fill the queue in front of all others: its parts come as the first ones leave.
         room = asyncio.Semaphore(_PARTS_UNDER_WAY)
         errors: dict[int, ApiError] = {}

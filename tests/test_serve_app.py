@@ -216,7 +216,7 @@ def test_replicas_carry_the_code_of_the_release_and_nothing_of_training(service)
         assert home == str(service.home)
 
 
-@pytest.mark.parametrize("deployment", ["ImageScorer", "DriftLogger"])
+@pytest.mark.parametrize("deployment", ["ImageScorer", "MetadataFusion", "DriftLogger", "Ingress"])
 def test_a_killed_replica_loses_no_answered_prediction(service, deployment):
     before = set(service.stored_ids())
     (victim,) = replicas(deployment)
@@ -235,7 +235,9 @@ def test_a_killed_replica_loses_no_answered_prediction(service, deployment):
     assert len(set(traffic.answered)) == len(traffic.answered) >= 60
     # Requests of this test that were cut off may be stored too, but nothing else.
     assert len(set(stored) - before) <= len(traffic.answered) + len(traffic.failed) + 6
-    assert traffic.failed == []
+    if deployment != "Ingress":
+        # Whoever was connected to a dead ingress sees its connection break; no one else may notice anything.
+        assert traffic.failed == []
 
 
 def test_a_new_model_takes_over_under_load_without_new_replicas(service, ray_connected, monkeypatch):
