@@ -64,17 +64,8 @@ def peer(kind: str, bundle: str) -> Iterator[Variant]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.serving_peers",
-        "--kind",
-        kind,
-        "--bundle",
-        bundle,
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "benchmarks.serving_peers", "--kind", kind]
+    command += ["--bundle", bundle, "--port", str(port)]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     try:
         _wait_until_it_listens(port, process)
