@@ -28,6 +28,7 @@ class Tally:
     Attributes:
         statuses: answers by HTTP status; 0 = the connection broke.
         latencies: seconds of each answer with 200. In an open loop from the moment it was due.
+        answered_at: `time.perf_counter()` of each of these answers.
         prediction_ids: of all answers with 200.
         seconds: of the whole measurement.
         retry_after: answers with 503 or 429 that said when to come back.
@@ -35,6 +36,7 @@ class Tally:
 
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    answered_at: list[float] = field(default_factory=list)
     prediction_ids: list[str] = field(default_factory=list)
     seconds: float = 0.0
     retry_after: int = 0
@@ -153,7 +155,8 @@ class LoadGenerator:
         tally.statuses[status] += 1
         head = head.lower()
         if status == 200:
-            tally.latencies.append(time.perf_counter() - started)
+            tally.answered_at.append(time.perf_counter())
+            tally.latencies.append(tally.answered_at[-1] - started)
             at = body.find(_ID_START)
             if at >= 0:
                 tally.prediction_ids.append(body[at + len(_ID_START) : at + len(_ID_START) + 32].decode())
@@ -164,27 +167,28 @@ class LoadGenerator:
             return None
         return connection
 
-    async def closed_loop(self, clients: int, requests: int = 0, seconds: float = 0.0, patient: bool = False) -> Tally:
-        """`clients` users, each of which sends its next request when the last is answered.
+    async def closed_loop(
+        self, clients: int, requests: int = 0, seconds: float = 0.0, until: asyncio.Event | None = None
+    ) -> Tally:
+        """`clients` users, each of which sends its next request when the last is answered, whatever the answer.
 
-        Ends after `requests` requests or `seconds`, whichever is given.
-
-        Args:
-            patient: users that are told to come back later wait a second before they do.
+        Ends after `requests` requests, `seconds`, or when `until` is set, whichever is given.
         """
         tally = Tally()
         left = requests
         started = time.perf_counter()
 
+        def goes_on() -> bool:
+            if until is not None:
+                return not until.is_set()
+            return left > 0 if requests else time.perf_counter() - started < seconds
+
         async def user() -> None:
             nonlocal left
             connection = None
-            while left > 0 if requests else time.perf_counter() - started < seconds:
+            while goes_on():
                 left -= 1
-                refused = tally.retry_after
                 connection = await self._ask(connection, tally, time.perf_counter())
-                if patient and tally.retry_after > refused:
-                    await asyncio.sleep(1.0)
             if connection is not None:
                 connection.close()
 

@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.load_generator import LoadGenerator, Tally, http_request, run_on_uvloop
 from benchmarks.serving_peers import KINDS
-from benchmarks.serving_variants import Variant, own_service, peer
+from benchmarks.serving_variants import Variant, own_service, peer, replica_name
 from data_pipelines.hdf5_index import build_index
 from data_pipelines.image_reader import ImageReader
 from data_pipelines.synthetic_lesions import encode_jpeg, parity_images
@@ -140,8 +140,8 @@ def overload(variant: Variant, images: list[bytes], rate: float, users: int, sec
 def replica_megabytes() -> int:
     """Resident memory of all Serve replicas on this host."""
     total = 0
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if "ServeReplica" in " ".join(process.info["cmdline"] or []):
+    for process in psutil.process_iter():
+        if replica_name(process) is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
     return round(total / 2**20)

@@ -40,12 +40,18 @@ class Variant:
     home: Path | None = None
 
 
+def replica_name(process: psutil.Process) -> str | None:
+    """The deployment whose replica this process is; None for any other."""
+    try:
+        found = _REPLICA.search(" ".join(process.cmdline()))
+    except psutil.NoSuchProcess:
+        return None
+    return found[1] if found else None
+
+
 def _part(process: psutil.Process) -> str:
     """What a process of our cluster does for a request."""
-    command = " ".join(process.cmdline()) or process.name()
-    if replica := _REPLICA.search(command):
-        return replica[1]
-    return "HAProxy" if process.name() == "haproxy" else "Ray itself"
+    return replica_name(process) or ("HAProxy" if process.name() == "haproxy" else "Ray itself")
 
 
 def cpu_seconds(processes: Callable[[], list[psutil.Process]], part: Callable[[psutil.Process], str]) -> Counter[str]:
