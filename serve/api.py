@@ -15,6 +15,11 @@ from serve.errors import ApiError
 if TYPE_CHECKING:
     from monitoring.prediction_log import PredictionRecord
 
+KEY_HEADER = "X-API-Key"
+
+View = Literal["overlay", "map", "side_by_side"]
+"""What /v1/explain draws."""
+
 _PREDICTION = {
     "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
     "risk": 0.0412,
