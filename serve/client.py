@@ -120,11 +120,12 @@ class DermrayClient:
                 with self._http.stream(method, path, timeout=timeout_s, **content) as response:
                     chunks = []
                     # The time-out of httpx is for each read: an answer that trickles in would never pass it.
-                    for chunk in response.iter_raw():
+                    for chunk in response.iter_bytes():
                         chunks.append(chunk)
                         if self._policy.clock() > deadline:
                             raise httpx.ReadTimeout(f"no whole answer within {timeout_s:g} s")
-                return httpx.Response(response.status_code, headers=response.headers, content=b"".join(chunks))
+                headers = [item for item in response.headers.items() if item[0] != "content-encoding"]
+                return httpx.Response(response.status_code, headers=headers, content=b"".join(chunks))
 
     def predict(self, image: Image, metadata: Metadata | None = None, **origin: Unpack[PatientOrigin]) -> Prediction:
         """Scores one lesion; when this returns, its record and picture are on disk. `risk` is None when abstained."""
