@@ -103,6 +103,12 @@ def differences(shown, real, where="answer"):
     return [] if same else [f"{where} is {real!r}; the page shows {shown!r}"]
 
 
+def answer_of(place, shell):
+    """The one answer that a block of commands printed."""
+    with open(f"{place.folder}/output_{BLOCKS.index(('sh', shell))}", encoding="utf-8") as file:
+        return json.load(file)
+
+
 def test_a_wrong_answer_on_the_page_would_be_seen():
     real = {"risk": 0.1, "items": [{"id": 1}], "error": None}
     assert differences({"risk": 0.7, "items": [{"id": 9}]}, real) == []
@@ -136,8 +142,10 @@ def test_every_command_runs_and_answers_what_the_page_shows(place):
     for name, head in (("evidence.png", b"\x89PNG"), ("review.jpg", b"\xff\xd8")):
         with open(f"{place.folder}/{name}", "rb") as file:
             assert file.read().startswith(head), name
-    # Three lines of the page carry one Idempotency-Key or patient; the erasure at its end leaves none of them.
-    assert "visit-17-lesion-3" not in {row["idempotency_key"] for row in place.local.rows()}
+    first, repeated = (answer_of(place, text) for text in SHELL if "visit-17-lesion-3" in text)
+    assert first["prediction_id"] == repeated["prediction_id"], "one Idempotency-Key, two records"
+    # The page ends with the erasure of the patient whose lesion that was.
+    assert first["prediction_id"] not in {row["id"] for row in place.local.rows()}
 
 
 def test_the_python_lines_run(place):
