@@ -20,13 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from data_pipelines.synthetic_dataset import SHIFTS, write_sample
 from local.cluster import LocalCluster
 from local.down import CLUSTER_FOLDER, DEMO_HOME
 from local.jobs import run_job_on
 from local.traffic import metadata_fields, read_lesions, send_day
+from serve.client import DermrayError
 
 # Written into the demo's folder: only a folder with it, or an empty one, is ever cleared.
 MARKER = "DEMO"
@@ -63,7 +62,7 @@ class Demo:
         started = time.monotonic()
         try:
             result = run()
-        except (RuntimeError, OSError, ValueError, httpx.HTTPError) as error:
+        except (RuntimeError, OSError, ValueError, DermrayError) as error:
             self.rows.append((name, time.monotonic() - started, "FAILED"))
             raise DemoError(f"stage {name!r} failed: {' '.join(str(error).split())}") from error
         self.rows.append((name, time.monotonic() - started, result))

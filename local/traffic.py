@@ -11,7 +11,6 @@ import statistics
 import sys
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pandas as pd
 
 from data_pipelines.hdf5_index import open_hdf5
 from data_pipelines.image_reader import as_bytes
+from serve.client import DermrayClient, DermrayError, RetryPolicy
 
 ATTEMPTS = 5
 
@@ -86,41 +85,32 @@ def read_lesions(
             )
 
 
-def _post(client: httpx.Client, lesion: Lesion) -> httpx.Response:
-    """One request; after a 503 the same one again, under the same key, when the service says."""
-    key = uuid.uuid4().hex
-    for attempt in range(ATTEMPTS):
-        response = client.post(
-            "/v1/predict",
-            files={"image": (f"{lesion.image_id}.jpg", lesion.image, "image/jpeg")},
-            data={"metadata": json.dumps(lesion.metadata), **lesion.origin},
-            headers={"Idempotency-Key": key},
-        )
-        if response.status_code != 503 or attempt == ATTEMPTS - 1:
-            break
-        time.sleep(float(response.headers.get("Retry-After", 1)))
-    return response
-
-
 def send_day(url: str, lesions: Iterator[Lesion] | list[Lesion], clients: int = 8) -> Day:
-    """Posts every lesion to `/v1/predict` from `clients` connections at a time.
+    """Posts every lesion to `/v1/predict` from `clients` connections at a time; where the service says "later", the
+    same request goes out again under the same key.
 
     Raises:
-        httpx.HTTPError: the service cannot be reached.
+        UnavailableError: the service cannot be reached.
     """
     day = Day()
     lock = threading.Lock()
     # trust_env off: the service is on loopback, whatever http_proxy says.
-    with httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client:
+    with DermrayClient(url, retries=RetryPolicy(attempts=ATTEMPTS), trust_env=False) as client:
 
         def send(lesion: Lesion) -> None:
             started = time.perf_counter()
-            response = _post(client, lesion)
+            status, band = 200, None
+            try:
+                answer = client.predict(lesion.image, lesion.metadata, **lesion.origin)
+                band = answer.band or "abstained"
+            except DermrayError as error:
+                if error.status is None:
+                    raise
+                status = error.status
             elapsed = (time.perf_counter() - started) * 1000
-            band = response.json().get("band") or "abstained" if response.status_code == 200 else None
             with lock:
                 day.sent += 1
-                day.statuses[response.status_code] += 1
+                day.statuses[status] += 1
                 day.milliseconds.append(elapsed)
                 if band is not None:
                     day.bands[band] += 1
@@ -134,10 +124,9 @@ def send_day(url: str, lesions: Iterator[Lesion] | list[Lesion], clients: int = 
 
 
 def metadata_fields(url: str) -> set[str]:
-    """The metadata fields that the service's model knows."""
-    response = httpx.get(f"{url}/v1/model", timeout=30.0, trust_env=False)
-    response.raise_for_status()
-    return set(response.json()["metadata_fields"])
+    """The metadata fields that the service's model knows; asked once."""
+    with DermrayClient(url, timeout_s=30.0, retries=RetryPolicy(attempts=1), trust_env=False) as client:
+        return set(client.model().metadata_fields)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         fields = metadata_fields(options.url)
         lesions = read_lesions(options.images, options.metadata, fields, options.id_column, options.limit)
         day = send_day(options.url, lesions, options.clients)
-    except (httpx.HTTPError, ValueError, KeyError, OSError) as error:
+    except (DermrayError, ValueError, KeyError, OSError) as error:
         print(f"traffic: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(day.summary()))

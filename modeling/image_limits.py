@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
+# What `modeling.preprocessing.image_quality` tells of a picture, in the order of the log's columns.
+QUALITY_NAMES = ("brightness", "contrast", "blur", "red", "green", "blue")
 # A limit lies a margin beyond the 1 % of training pictures on its side, in units of the way from the median to the 5 %
 # there; the margin is the same for all limits. Limits at the most extreme pictures themselves jump with the sample: on
 # HAM10000 a lesion half covered in black was refused in 38 % or in 100 % of cases, by the seed.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from modeling.image_limits import QUALITY_NAMES as QUALITY_NAMES
 from store.database import Store, StoreUnavailableError, open_store
 from store.image_files import ImageFiles, image_suffix
 from store.spool import Spool
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 EMBEDDING_DIM = 64
 EMBEDDING_NAMES = tuple(f"embedding_{index:02d}" for index in range(EMBEDDING_DIM))
-QUALITY_NAMES = ("brightness", "contrast", "blur", "red", "green", "blue")
 
 
 class PredictionRecord(BaseModel):

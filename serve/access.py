@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.api import KEY_HEADER
 from serve.errors import ApiError, unavailable
 from serve.key_ring import KeyRing
 from serve.middleware import drain
 from serve.rate_limit import TokenBuckets
 from store.api_keys import ROLES, ApiKey, Role
 
-KEY_HEADER = "X-API-Key"
 _KEY_HEADER = KEY_HEADER.lower().encode()
 _RETRY_AFTER_S = 2
 

@@ -20,9 +20,9 @@ from serve.record_api import (
     Cursor,
     Limit,
     MonitoringSummary,
-    utc,
 )
 from serve.records import RecordService
+from serve.times import utc
 
 
 class AlarmQuery(BaseModel):

@@ -1,14 +1,24 @@
-"""The HTTP contract as models: what each route answers, with examples for the OpenAPI page."""
+"""The HTTP contract as models: what each route answers, with examples for the OpenAPI page.
+
+The client reads answers with these models: this module and the other `*_api.py` import neither Ray nor OpenCV.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from modeling.abstention import REASONS
-from monitoring.prediction_log import PredictionRecord
 from serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from monitoring.prediction_log import PredictionRecord
+
+KEY_HEADER = "X-API-Key"
+
+View = Literal["overlay", "map", "side_by_side"]
+"""What /v1/explain draws."""
 
 _PREDICTION = {
     "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",

@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from serve.access import KEY_HEADER, is_open
-from serve.api import Problem
+from serve.access import is_open
+from serve.api import KEY_HEADER, Problem
 
 DOCS_PATH = "/docs"
 # One version, which the browser compares with these hashes: whoever changes the files at the CDN gets no page, and not

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import cv2
 import numpy as np
 
 from modeling.preprocessing import image_quality, resize
 from modeling.schema import TaskSpec
+from serve.api import View
 from serve.errors import invalid_field
 from serve.lesion import decode_upload
 from serve.settings import UploadLimits
 
-View = Literal["overlay", "map", "side_by_side"]
 VIEWS: tuple[View, ...] = get_args(View)
 
 # Longest side of what is drawn, pixels.

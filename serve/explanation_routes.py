@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, File, Form, Request, Response, UploadFile
 
-from serve.api import PROBLEMS
-from serve.explanation import MAX_SIDE, View
+from serve.api import PROBLEMS, View
+from serve.explanation import MAX_SIDE
 from serve.http_errors import check_form_fields
 from serve.prediction_service import PredictionService
 

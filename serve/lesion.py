@@ -19,6 +19,7 @@ from modeling.schema import TaskSpec
 from serve.access import ANONYMOUS
 from serve.errors import ApiError, invalid_field
 from serve.settings import UploadLimits
+from serve.times import EPOCH
 from serve.upload import check_upload, sniff_format
 from store.image_files import StoredImage, prepare_image, strip_jpeg_metadata
 from store.tables import now_us
@@ -28,7 +29,6 @@ MAX_FIELD_LENGTH = 255
 _KEY = re.compile(r"[!-~]{1,200}")
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _NOT_IN_LINES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 
 

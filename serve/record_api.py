@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from monitoring.prediction_log import QUALITY_NAMES
+from modeling.image_limits import QUALITY_NAMES
 from serve.api import PROBLEMS, Problem
-from serve.errors import invalid_field
-from serve.lesion import EPOCH, parse_text, parse_time
-from store.prediction_records import PredictionFilter
+from serve.times import utc
 
 BAD_JSON = {"model": Problem, "description": "the body is not JSON"}
 NOT_FOUND = {"model": Problem, "description": "nothing is stored under this id, or no longer"}
@@ -22,7 +19,6 @@ READ_PROBLEMS: dict[int | str, dict[str, Any]] = {422: PROBLEMS[422], 503: UNAVA
 ITEM_PROBLEMS: dict[int | str, dict[str, Any]] = {404: NOT_FOUND, **READ_PROBLEMS}
 BODY_PROBLEMS: dict[int | str, dict[str, Any]] = {400: BAD_JSON, 413: PROBLEMS[413], **ITEM_PROBLEMS}
 
-PredictionId = Annotated[str, Path(pattern=r"^[!-.0-~]{1,64}$", examples=["6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e"])]
 Cursor = Annotated[str | None, Field(description="next_cursor of the page before; none: the newest")]
 Limit = Annotated[int, Field(ge=1, le=200, description="items per page")]
 
@@ -75,66 +71,8 @@ _ALARM = {
 }
 
 
-def utc(microseconds: int | None) -> datetime | None:
-    """A stored time as a datetime in UTC; None stays None."""
-    return None if microseconds is None else EPOCH + timedelta(microseconds=microseconds)
-
-
 def _example(value: dict[str, Any], **config: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [value]}, protected_namespaces=(), **config)
-
-
-class PredictionQuery(BaseModel):
-    """Filters of a page of records; all given ones hold."""
-
-    model_config = _example({"from": "2024-05-01", "abstained": False, "limit": 20}, extra="forbid")
-
-    from_: str | None = Field(None, alias="from", description="received then or later; ISO 8601, UTC without offset")
-    to: str | None = Field(None, description="received before; ISO 8601")
-    model_version: str | None = None
-    band: Literal["low", "moderate", "high"] | None = None
-    abstained: bool | None = None
-    context: Literal["image_only", "none", "patient"] | None = None
-    institution: str | None = None
-    device: str | None = None
-    patient_id: str | None = Field(None, description="hashed before the log is searched")
-    role: Literal["champion", "shadow"] = "champion"
-    labelled: bool | None = Field(None, description="whether an expert has labelled it")
-    min_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    max_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    cursor: Cursor = None
-    limit: Limit = 50
-
-    def to_filter(self, pseudonym: Any) -> PredictionFilter:
-        """The store's filter.
-
-        Args:
-            pseudonym: gives a patient's HMAC.
-
-        Raises:
-            ApiError: 422 naming the field.
-        """
-        from_us, to_us = parse_time(self.from_, "from"), parse_time(self.to, "to")
-        if from_us is not None and to_us is not None and to_us < from_us:
-            raise invalid_field(f"to: {self.to!r} is before from {self.from_!r}; expected the later time")
-        if self.min_risk is not None and self.max_risk is not None and self.max_risk < self.min_risk:
-            raise invalid_field(f"max_risk: {self.max_risk} is below min_risk; expected at least {self.min_risk}")
-        patient_id = parse_text(self.patient_id, "patient_id")
-        return PredictionFilter(
-            role=self.role,
-            from_us=from_us,
-            to_us=to_us,
-            model_version=parse_text(self.model_version, "model_version"),
-            band=self.band,
-            abstained=self.abstained,
-            context=self.context,
-            institution=parse_text(self.institution, "institution"),
-            device=parse_text(self.device, "device"),
-            patient_hmac=None if patient_id is None else pseudonym(patient_id),
-            labelled=self.labelled,
-            min_risk=self.min_risk,
-            max_risk=self.max_risk,
-        )
 
 
 class LoggedPrediction(BaseModel):

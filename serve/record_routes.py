@@ -15,10 +15,9 @@ from serve.record_api import (
     Label,
     LabelledPrediction,
     LoggedPrediction,
-    PredictionId,
     PredictionPage,
-    PredictionQuery,
 )
+from serve.record_query import PredictionId, PredictionQuery
 from serve.records import RecordService
 
 _CONTENT_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}

@@ -1,11 +1,10 @@
-"""How routes use the store: in a thread, with 503 while it does not answer, and times as dates."""
+"""How routes use the store: in a thread, with 503 while it does not answer."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from monitoring.prediction_log import PredictionLog
@@ -15,8 +14,6 @@ from store.database import StoreUnavailableError
 logger = logging.getLogger("ray.serve")
 
 Result = TypeVar("Result")
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class StoreCalls:
@@ -41,8 +38,3 @@ class StoreCalls:
         except (StoreUnavailableError, OSError) as error:
             logger.error("the store does not answer: %s", error)
             raise unavailable("the store does not answer", self._retry_after_s) from error
-
-
-def moment(microseconds: int) -> datetime:
-    """A stored time, microseconds since the epoch, as an aware date in UTC."""
-    return _EPOCH + timedelta(microseconds=microseconds)

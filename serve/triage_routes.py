@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import FastAPI, File, Form, Request, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring.prediction_log import PredictionRecord
 from serve.access import caller_of
@@ -23,35 +22,7 @@ from serve.prediction_routes import (
     parse_origin,
 )
 from serve.prediction_service import Outcome, PredictionService
-
-
-class RankedLesion(Prediction):
-    """A lesion's answer and its place among the patient's.
-
-    The rank is that of the risk, 1 = highest; lesions of equal risk share the best of their ranks.
-    """
-
-    index: int = Field(description="place of its picture in the request, from 0")
-    rank: int | None = Field(description="1 = highest risk; null when abstained: a person has to look")
-
-
-class RefusedLesion(Problem):
-    """A lesion that could not be scored, and why."""
-
-    index: int = Field(description="place of its picture in the request, from 0")
-
-
-class Triage(BaseModel):
-    """A patient's lesions in the order in which to look at them."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    model_version: str
-    context: Literal["patient"] = "patient"
-    lesions: list[RankedLesion] = Field(
-        description="those without a rank first, since nobody has judged them; then by falling risk"
-    )
-    refused: list[RefusedLesion] = Field(description="pictures or metadata that are wrong themselves")
+from serve.triage_api import RankedLesion, RefusedLesion, Triage
 
 
 def rank_lesions(outcomes: list[Outcome], model_version: str) -> Triage:

@@ -13,10 +13,25 @@ import numpy as np
 import pytest
 
 from local.traffic import Lesion, main, metadata_fields, read_lesions, send_day
+from serve.api import Prediction
+
+(ANSWER,) = Prediction.model_config["json_schema_extra"]["examples"]
+CARD = {
+    "model_version": "3",
+    "digest": "9f2b" * 16,
+    "task": "isic2024",
+    "synthetic": True,
+    "classes": ["benign", "malignant"],
+    "malignant": ["malignant"],
+    "contexts": {},
+    "engine": "onnxruntime",
+    "limits": {},
+    "notice": "not a medical device",
+}
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers like the service; the first request of every picture gets a 503, pictures named `bad` a 422."""
+    """Answers like the service; the first request of every picture gets a 503, the picture `bad` a 422."""
 
     seen: dict[str, list[str]]
     lock = threading.Lock()
@@ -33,7 +48,7 @@ class Service(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        self._answer(200, {"metadata_fields": {"age_approx": {}, "sex": {}}})
+        self._answer(200, CARD | {"metadata_fields": {"age_approx": {}, "sex": {}}})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -42,17 +57,17 @@ class Service(BaseHTTPRequestHandler):
             part.get_param("name", header="content-disposition"): part
             for part in BytesParser().parsebytes(head + body).get_payload()
         }
-        name = parts["image"].get_filename()
+        name = parts["image"].get_payload(decode=True).decode("latin-1")
         with self.lock:
             keys = self.seen.setdefault(name, [])
             keys.append(self.headers["Idempotency-Key"])
             first = len(keys) == 1
-        if name == "bad.jpg":
+        if name == "bad":
             self._answer(422, {"error": "undecodable_image", "detail": "image: truncated"})
         elif first:
             self._answer(503, {"error": "busy", "detail": "later"}, {"Retry-After": "0"})
         else:
-            self._answer(200, {"risk": 0.1, "band": None if name == "odd.jpg" else "low"})
+            self._answer(200, ANSWER | {"band": None if name == "odd" else "low"})
 
 
 @pytest.fixture
@@ -71,16 +86,16 @@ def service() -> Iterator[tuple[str, type[Service]]]:
 
 def test_a_refused_request_comes_back_under_its_key_and_everything_is_counted(service):
     url, handler = service
-    lesions = [Lesion(name, b"jpeg", {"sex": "male"}, {"patient_id": "P"}) for name in ("a", "b", "odd", "bad")]
+    lesions = [Lesion(name, name.encode(), {"sex": "male"}, {"patient_id": "P"}) for name in ("a", "b", "odd", "bad")]
     day = send_day(url, lesions, clients=3)
     assert day.sent == 4
     assert day.statuses == {200: 3, 422: 1}
     assert day.bands == {"low": 2, "abstained": 1}
     assert day.summary()["answered"] == 3
-    for name in ("a.jpg", "b.jpg"):
+    for name in ("a", "b"):
         assert len(handler.seen[name]) == 2
         assert len(set(handler.seen[name])) == 1
-    assert handler.seen["a.jpg"][0] != handler.seen["b.jpg"][0]
+    assert handler.seen["a"][0] != handler.seen["b"][0]
 
 
 @pytest.fixture
