@@ -1,0 +1,235 @@
+"""Requests that no one would think of: strategies on top of the OpenAPI document, and what must hold for any answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+from urllib.parse import quote
+
+from hypothesis import strategies as st
+from schemathesis import APIOperation, Case, GenerationMode, Response
+from schemathesis.checks import (
+    CheckContext,
+    content_type_conformance,
+    not_a_server_error,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from tests.bundle_factory import blank_image, lesion_image
+
+_SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+}
+_TRACEBACK = re.compile(r"Traceback|File \"|\.py\b|sqlalchemy|pydantic", re.IGNORECASE)
+MULTIPART = "multipart/form-data"
+
+_REAL = [lesion_image(seed, suffix=suffix) for seed in range(4) for suffix in (".jpg", ".png", ".webp")]
+_REAL += [blank_image(), lesion_image(9, size=16)]
+
+
+def one_error_shape(_: CheckContext, response: Response, case: Case) -> None:
+    """{error, detail} with a line for people, and nothing of the service's inside."""
+    if response.status_code < 400 or case.operation.path == "/readyz":
+        return
+    body = response.json()
+    assert set(body) == {"error", "detail"}, body
+    assert re.fullmatch(r"[a-z_]+", body["error"]), body
+    detail = body["detail"]
+    assert detail and detail.isprintable() and len(detail) < 4000, body
+    assert not _TRACEBACK.search(detail), body
+
+
+def has_security_headers(_: CheckContext, response: Response, case: Case) -> None:
+    """What browsers are told, on every answer."""
+    for name, value in _SECURITY_HEADERS.items():
+        assert response.headers[name] == [value], name
+    assert "default-src 'none'" in response.headers["content-security-policy"][0]
+    assert "cache-control" in response.headers and "x-dermray-notice" in response.headers
+
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    unsupported_method,
+    one_error_shape,
+    has_security_headers,
+]
+
+
+@st.composite
+def _damaged(draw: st.DrawFn) -> bytes:
+    data = bytearray(draw(st.sampled_from(_REAL)))
+    for at, value in draw(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=4)):
+        data[at % len(data)] = value
+    return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
+
+
+images = st.one_of(st.sampled_from(_REAL), _damaged(), st.binary(max_size=64))
+
+_awkward_text = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(["", " ", "\0", "a\0b", "\r\n", "..", "%00", "\u202e", "é" * 300, "𝔘", "null", "9" * 40, "-1"]),
+)
+_awkward_number = st.sampled_from(
+    ["-1", "0", "1", "201", str(2**63 - 1), str(2**63), "9" * 400, "1e999", "nan", "inf", "-0", "1_0", "٣", "0x10", ""]
+)
+_times = st.sampled_from(
+    ["2024-05-01", "2024-05-01T09:30:00Z", "1969-12-31", "9999-12-31T23:59:59-23:59", "0001-01-01", "2024-W18-3", "24"]
+)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+# Fields of the tiny bundle's task, with values that fit and values that do not.
+_metadata = st.one_of(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "age_approx": st.sampled_from([0, 60, 60.5, None, 400, -1, 10**400, "60", True]),
+            "sex": st.sampled_from(["female", "male", None, "", "x\0", 1]),
+            "unknown": st.none(),
+        },
+    ),
+    _json,
+)
+_metadata_text = st.one_of(
+    _metadata.map(json.dumps),
+    st.lists(st.none() | _metadata, max_size=3).map(json.dumps),
+    st.sampled_from(["{", "[" * 5000, "NaN", '{"a":1,"a":2}', '"\\ud800"', "1" * 5000, ""]),
+    _awkward_text,
+)
+_fields: dict[str, st.SearchStrategy[str]] = {
+    "metadata": _metadata_text,
+    "acquired_at": st.one_of(_times, _awkward_text),
+    "view": st.sampled_from(["overlay", "map", "side_by_side"]) | _awkward_text,
+    "target_class": st.sampled_from(["benign", "malignant"]) | _awkward_text,
+}
+
+
+@st.composite
+def _form(draw: st.DrawFn, fields: list[str]) -> dict[str, Any]:
+    """A multipart body as arguments of `requests`: mostly the route's own fields, seldom one missing or unknown."""
+    parts: list[tuple[str, Any]] = []
+    for name in fields:
+        if name in ("image", "images"):
+            most = 1 if name == "image" else 3
+            found = draw(st.lists(images, min_size=1, max_size=most) | st.lists(images, max_size=most + 1))
+            parts += [(name, (draw(st.sampled_from(["a.jpg", "é.png", "a"])), data)) for data in found]
+        elif draw(st.booleans()):
+            parts.append((name, (None, draw(_fields.get(name, _awkward_text)).encode("utf-8", "surrogatepass"))))
+    if draw(st.integers(0, 9)) == 9:
+        parts.append((draw(st.sampled_from(["image", "Metadata", "x\0", "é"])), (None, b"1")))
+    return {"files": parts}
+
+
+def _raw_form(data: bytes) -> dict[str, Any]:
+    return {"data": data, "headers": {"Content-Type": f"{MULTIPART}; boundary=b"}}
+
+
+_broken = st.binary(max_size=80).flatmap(
+    lambda part: st.sampled_from([part, b"--b\r\n" + part + b"\r\n--b--\r\n"]).map(_raw_form)
+)
+
+
+Sent = tuple[Case, dict[str, Any]]
+
+
+class Known:
+    """Ids and cursors that the service gave out, to come back with: without them a fuzz sees little but 404."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def learn(self, response: Response) -> None:
+        """Keeps what an answer names."""
+        if response.status_code >= 300 or response.headers["content-type"] != ["application/json"]:
+            return
+        body = response.json()
+        items = body if isinstance(body, list) else [body, *body.get("items", []), *body.get("lesions", [])]
+        for item in items:
+            for name in ("prediction_id", "submission_id", "retrain_id", "next_cursor"):
+                if isinstance(item.get(name), str):
+                    self.add(name, item[name])
+            if "acknowledged_at" in item:
+                self.add("alarm_id", str(item["id"]))
+
+    def add(self, name: str, value: str) -> None:
+        found = self._found.setdefault(name, [])
+        if value not in found:
+            found.append(value)
+
+    def values(self, name: str) -> st.SearchStrategy[str]:
+        """One of those known when it is drawn; what is drawn itself is a number, the same in every run."""
+        name = "next_cursor" if name == "cursor" else name
+        return st.integers(0, 2**16).map(lambda at: found[at % len(found)] if (found := self._found.get(name)) else "0")
+
+
+def _parameter(name: str, known: Known) -> st.SearchStrategy[str]:
+    values = known.values(name)
+    if name == "cursor":
+        at = st.integers(0, 64)
+        values |= st.builds(
+            lambda text, at, new: text[:at] + new + text[at + 1 :], values, at, st.sampled_from("Aa=\0é-")
+        )
+    return st.one_of(values, _times, _awkward_number, _awkward_text)
+
+
+@st.composite
+def _own_case(draw: st.DrawFn, operation: APIOperation, known: Known) -> Case:
+    path, query = ({}, {})
+    for parameter in operation.path_parameters:
+        text = draw(
+            _parameter(parameter.name, known).filter(lambda text: "/" not in text and text not in ("", ".", ".."))
+        )
+        path[parameter.name] = quote(text.encode("utf-8", "surrogatepass"), safe="")
+    for parameter in operation.query:
+        if draw(st.integers(0, 3)) == 0:
+            query[parameter.name] = draw(_parameter(parameter.name, known)).encode("utf-8", "surrogatepass")
+    headers = {}
+    if "Idempotency-Key" in operation.headers and draw(st.booleans()):
+        headers["Idempotency-Key"] = draw(st.sampled_from(["a", "b", "", "ü", "k" * 201, "a b"]))
+    if "if-none-match" in operation.headers and draw(st.booleans()):
+        headers["If-None-Match"] = draw(st.sampled_from(["*", '"', 'W/"x"', ","]))
+    content: dict[str, Any] = {}
+    for body in operation.body:
+        if body.media_type == "application/json":
+            names = _properties(body)
+            value = lambda name: known.values(name) | _json | _awkward_text  # noqa: E731
+            fields = {name: value(name) for name in names}
+            content = {"body": draw(st.fixed_dictionaries({}, optional=fields)), "media_type": body.media_type}
+    return operation.Case(path_parameters=path, query=query, headers=headers, **content)
+
+
+def _properties(body: Any) -> list[str]:
+    return list(body.optimized_schema.get("properties", ()))
+
+
+def sent_to(operation: APIOperation, known: Known) -> st.SearchStrategy[Sent]:
+    """Cases of a route, right and wrong by the document or made of what is known, and what `Case.call` is given on top
+    of them."""
+    cases = st.one_of(
+        operation.as_strategy(generation_mode=GenerationMode.POSITIVE),
+        operation.as_strategy(generation_mode=GenerationMode.NEGATIVE),
+        _own_case(operation, known),
+    )
+    options: st.SearchStrategy[dict[str, Any]] = st.just({})
+    for body in operation.body:
+        if body.media_type == MULTIPART:
+            forms = _form(_properties(body))
+            # The route's own case sends no form otherwise.
+            return st.one_of(
+                st.tuples(cases, options),
+                *[st.tuples(_own_case(operation, known), forms)] * 4,
+                st.tuples(cases, _broken),
+            )
+    return st.tuples(cases, options)
