@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring.prediction_log import PredictionRecord
 from serve.access import caller_of
-from serve.api import PROBLEMS, Prediction, Problem
+from serve.api import PREDICTION_EXAMPLE, PROBLEMS, Prediction, Problem
 from serve.errors import ApiError, invalid_field
 from serve.http_errors import check_form_fields
 from serve.lesion import parse_key
@@ -44,7 +44,21 @@ class RefusedLesion(Problem):
 class Triage(BaseModel):
     """A patient's lesions in the order in which to look at them."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_version": "3",
+                    "context": "patient",
+                    "lesions": [{**PREDICTION_EXAMPLE, "context": "patient", "index": 1, "rank": 1}],
+                    "refused": [
+                        {"error": "unsupported_media_type", "detail": "image: not a JPEG, PNG or WebP file", "index": 0}
+                    ],
+                }
+            ]
+        },
+    )
 
     model_version: str
     context: Literal["patient"] = "patient"

@@ -73,7 +73,7 @@ def _damaged(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
 
 
-images = st.one_of(st.sampled_from(_REAL), _damaged(), st.binary(max_size=64))
+images = st.one_of(st.sampled_from(_REAL), st.sampled_from(_REAL), _damaged(), st.binary(max_size=64))
 
 _awkward_text = st.one_of(
     st.text(max_size=20),
@@ -102,31 +102,42 @@ _metadata = st.one_of(
     ),
     _json,
 )
-_metadata_text = st.one_of(
-    _metadata.map(json.dumps),
-    st.lists(st.none() | _metadata, max_size=3).map(json.dumps),
-    st.sampled_from(["{", "[" * 5000, "NaN", '{"a":1,"a":2}', '"\\ud800"', "1" * 5000, ""]),
-    _awkward_text,
-)
-_fields: dict[str, st.SearchStrategy[str]] = {
-    "metadata": _metadata_text,
-    "acquired_at": st.one_of(_times, _awkward_text),
-    "view": st.sampled_from(["overlay", "map", "side_by_side"]) | _awkward_text,
-    "target_class": st.sampled_from(["benign", "malignant"]) | _awkward_text,
+_no_json = st.sampled_from(["{", "[" * 5000, "NaN", '{"a":1,"a":2}', '"\\ud800"', "1" * 5000, ""])
+_good_record = st.none() | st.just({"age_approx": 60, "sex": "female"})
+# What a field takes; the rest of what it gets is awkward.
+_good: dict[str, st.SearchStrategy[Any]] = {
+    "patient_id": st.sampled_from(["1", "a/b", "Ünï"]),
+    "acquired_at": st.just("2024-05-01T09:30:00+02:00"),
+    "labelled_at": st.just("2024-05-01"),
+    "view": st.sampled_from(["overlay", "map", "side_by_side"]),
+    "target_class": st.sampled_from(["benign", "malignant"]),
+    "label": st.sampled_from(["benign", "malignant"]),
+    "trigger": st.sampled_from(["manual", "drift", "schedule", "new_labels"]),
+    "confidence": st.floats(0, 1),
 }
+_text = st.sampled_from(["clinic", "Dr Weber", "é"])
+
+
+def _mostly(good: st.SearchStrategy[Any], *other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Seven in eight values are good: of a request with more than one wrong field only the first is looked at."""
+    return st.integers(0, 7).flatmap(lambda number: good if number else st.one_of(other))
 
 
 @st.composite
 def _form(draw: st.DrawFn, fields: list[str]) -> dict[str, Any]:
     """A multipart body as arguments of `requests`: mostly the route's own fields, seldom one missing or unknown."""
     parts: list[tuple[str, Any]] = []
+    many = "images" in fields
+    files = draw(st.lists(images, min_size=1, max_size=3 if many else 1) if draw(st.integers(0, 9)) else st.just([]))
+    names = st.sampled_from(["a.jpg", "é.png", "a"])
+    parts += [("images" if many else "image", (draw(names), data)) for data in files]
+    records = st.lists(_good_record, min_size=len(files), max_size=len(files)) if many else _good_record
+    bad_records = st.lists(_good_record | _metadata, min_size=len(files), max_size=len(files)) if many else _metadata
+    metadata = _mostly(records.map(json.dumps), bad_records.map(json.dumps), _no_json, _awkward_text)
     for name in fields:
-        if name in ("image", "images"):
-            most = 1 if name == "image" else 3
-            found = draw(st.lists(images, min_size=1, max_size=most) | st.lists(images, max_size=most + 1))
-            parts += [(name, (draw(st.sampled_from(["a.jpg", "é.png", "a"])), data)) for data in found]
-        elif draw(st.booleans()):
-            parts.append((name, (None, draw(_fields.get(name, _awkward_text)).encode("utf-8", "surrogatepass"))))
+        if name not in ("image", "images") and draw(st.booleans() | st.just(name == "patient_id")):
+            values = metadata if name == "metadata" else _mostly(_good.get(name, _text), _times, _awkward_text)
+            parts.append((name, (None, draw(values).encode("utf-8", "surrogatepass"))))
     if draw(st.integers(0, 9)) == 9:
         parts.append((draw(st.sampled_from(["image", "Metadata", "x\0", "é"])), (None, b"1")))
     return {"files": parts}
@@ -142,6 +153,10 @@ _broken = st.binary(max_size=80).flatmap(
 
 
 Sent = tuple[Case, dict[str, Any]]
+
+
+# Names of path parameters.
+GIVEN_OUT = ("prediction_id", "submission_id", "retrain_id", "alarm_id", "version")
 
 
 class Known:
@@ -181,7 +196,8 @@ def _parameter(name: str, known: Known) -> st.SearchStrategy[str]:
         values |= st.builds(
             lambda text, at, new: text[:at] + new + text[at + 1 :], values, at, st.sampled_from("Aa=\0é-")
         )
-    return st.one_of(values, _times, _awkward_number, _awkward_text)
+    other = (_times, _awkward_number, _awkward_text)
+    return _mostly(values, *other) if name == "cursor" or name in GIVEN_OUT else st.one_of(other)
 
 
 @st.composite
@@ -206,9 +222,13 @@ def _own_case(draw: st.DrawFn, operation: APIOperation, known: Known) -> Case:
 def _json_body(fields: list[str], known: Known) -> st.SearchStrategy[dict[str, Any]]:
     """An object of the route's fields, with NaN and lone surrogates too, or something else; as arguments of
     `requests`."""
-    values = {name: known.values(name) | _json | _awkward_text for name in fields}
-    bodies = st.one_of(
-        st.fixed_dictionaries({}, optional=values).map(lambda body: json.dumps(body).encode()),
+    values = {
+        name: _mostly(_good.get(name, known.values(name) if name.endswith("_id") else _text), _json, _awkward_text)
+        for name in fields
+    }
+    required = {name: values.pop(name) for name in ("prediction_id", "label", "reason") if name in fields}
+    bodies = _mostly(
+        st.fixed_dictionaries(required, optional=values).map(lambda body: json.dumps(body).encode()),
         st.sampled_from(
             [b"", b"null", b"{", b"[" * 5000, b"9" * 5000, b'"\xff"', b'{"reason": "\\ud800"}', b"\xff\xfe{"]
         ),
@@ -233,5 +253,6 @@ def sent_to(operation: APIOperation, known: Known) -> st.SearchStrategy[Sent]:
         if body.media_type == MULTIPART:
             form = st.tuples(own, _form(_properties(body)))
             return st.one_of(plain, form, form, form, form, st.tuples(own, _broken))
-        return st.one_of(plain, st.tuples(own, _json_body(_properties(body), known)))
+        body_of_own = st.tuples(own, _json_body(_properties(body), known))
+        return st.one_of(plain, body_of_own, body_of_own)
     return plain
