@@ -47,7 +47,7 @@ class SummaryQuery(BaseModel):
 def add_alarm_routes(api: FastAPI, records: RecordService) -> None:
     """`GET /v1/alarms`, `POST /v1/alarms/{id}/acknowledge` and `GET /v1/monitoring/summary`."""
 
-    @api.get("/v1/alarms", responses=READ_PROBLEMS)
+    @api.get("/v1/alarms", operation_id="list_alarms", responses=READ_PROBLEMS)
     async def alarms(query: Annotated[AlarmQuery, Query()]) -> AlarmPage:
         """Alarms, newest first, page by page."""
         after = decode_cursor(query.cursor, int)
@@ -58,7 +58,7 @@ def add_alarm_routes(api: FastAPI, records: RecordService) -> None:
             next_cursor=None if last is None else encode_cursor(last["raised_at"], last["id"]),
         )
 
-    @api.post("/v1/alarms/{alarm_id}/acknowledge", responses=BODY_PROBLEMS)
+    @api.post("/v1/alarms/{alarm_id}/acknowledge", operation_id="acknowledge_alarm", responses=BODY_PROBLEMS)
     async def acknowledge(
         request: Request,
         alarm_id: Annotated[int, Path(ge=1, le=2**63 - 1)],
@@ -68,7 +68,7 @@ def add_alarm_routes(api: FastAPI, records: RecordService) -> None:
         comment = parse_text(body and body.comment, "comment", MAX_COMMENT_LENGTH, multiline=True)
         return Alarm.of(await records.acknowledge(alarm_id, caller_of(request).name, comment))
 
-    @api.get("/v1/monitoring/summary", responses=READ_PROBLEMS)
+    @api.get("/v1/monitoring/summary", operation_id="get_summary", responses=READ_PROBLEMS)
     async def summary(query: Annotated[SummaryQuery, Query()]) -> MonitoringSummary:
         """Figures of the last hours: predictions, abstentions, times, drift, alarms, labels."""
         figures = await records.summary(query.hours)

@@ -20,7 +20,7 @@ KEY_HEADER = "X-API-Key"
 View = Literal["overlay", "map", "side_by_side"]
 """What /v1/explain draws."""
 
-_PREDICTION = {
+PREDICTION_EXAMPLE = {
     "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
     "risk": 0.0412,
     "image_score": 0.62,
@@ -34,11 +34,27 @@ _PREDICTION = {
     "stage_ms": {"decode": 0.6, "score": 6.1, "fuse": 1.9, "log": 5.2, "total": 14.1},
 }
 
+_MODEL_CARD = {
+    "model_version": "3",
+    "digest": "9f2b" * 16,
+    "task": "lesions",
+    "synthetic": False,
+    "classes": ["benign", "malignant"],
+    "malignant": ["malignant"],
+    "metadata_fields": {"age_approx": {"kind": "numeric", "minimum": 0, "maximum": 120}},
+    "contexts": {"none": {"threshold": 0.0105, "metrics": {"auc": {"value": 0.91, "low": 0.88, "high": 0.93}}}},
+    "engine": "onnxruntime",
+    "engine_fallback": None,
+    "abstention": None,
+    "limits": {"max_image_bytes": 20971520, "max_pixels": 50000000, "max_batch_images": 256},
+    "notice": "Not a medical device.",
+}
+
 
 class Prediction(BaseModel):
     """One lesion's answer; its record and image are on disk."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_PREDICTION]})
+    model_config = ConfigDict(json_schema_extra={"examples": [PREDICTION_EXAMPLE]})
 
     prediction_id: str = Field(description="id of the log row; labels refer to it")
     risk: float | None = Field(description="calibrated probability that the lesion is malignant; null when abstained")
@@ -89,6 +105,12 @@ class Problem(BaseModel):
 class Health(BaseModel):
     """Liveness and readiness; `checks` has one entry per node."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"status": "ok", "checks": {"image_scorer": "ok", "metadata_fusion": "ok", "log": "ok"}}]
+        }
+    )
+
     status: Literal["ok", "unavailable"]
     checks: dict[str, str] = Field(default_factory=dict)
 
@@ -96,7 +118,7 @@ class Health(BaseModel):
 class ModelCard(BaseModel):
     """The model that answers now."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), json_schema_extra={"examples": [_MODEL_CARD]})
 
     model_version: str
     digest: str = Field(description="sha256 of the bundle's manifest")

@@ -29,12 +29,12 @@ def add_candidate_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -
         for status, description in {404: "no such candidate", 409: "the candidate was promoted or rejected"}.items()
     }
 
-    @api.get("/v1/candidates")
+    @api.get("/v1/candidates", operation_id="list_candidates")
     async def candidates() -> list[Candidate]:
         """The newest 100 candidates, newest first, with their metrics on the gate split and who approved them."""
         return [Candidate.of(row) for row in await records(list_candidates, MAX_CANDIDATES)]
 
-    @api.post("/v1/candidates/{version}/approve", responses={**decided, **bad})
+    @api.post("/v1/candidates/{version}/approve", operation_id="approve_candidate", responses={**decided, **bad})
     async def approve(
         request: Request,
         version: Annotated[str, Path(description="model_version of a candidate")],

@@ -31,6 +31,7 @@ def add_explanation_routes(api: FastAPI, service: PredictionService) -> None:
 
     @api.post(
         "/v1/explain",
+        operation_id="explain",
         response_class=Response,
         responses={200: _PNG, **PROBLEMS},
         description="Draws the network's class-activation map: where it sees evidence for a class. "

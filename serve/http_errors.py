@@ -35,15 +35,19 @@ def _name(text: str) -> str:
     return (text if text.isprintable() else repr(text))[:60]
 
 
-def _http_problem(error: HTTPException) -> ApiError:
-    return ApiError(error.status_code, _CODES.get(error.status_code, "http_error"), str(error.detail))
+def _http_problem(error: HTTPException) -> JSONResponse:
+    code = _CODES.get(error.status_code, "http_error")
+    response = problem_response(ApiError(error.status_code, code, str(error.detail)))
+    # Of a 405: Allow.
+    response.headers.update(error.headers or {})
+    return response
 
 
 def add_error_handlers(api: FastAPI) -> None:
     """One error shape for the whole application."""
     api.add_exception_handler(ApiError, lambda _, error: problem_response(error))
     api.add_exception_handler(RequestValidationError, lambda _, error: problem_response(_validation_problem(error)))
-    api.add_exception_handler(HTTPException, lambda _, error: problem_response(_http_problem(error)))
+    api.add_exception_handler(HTTPException, lambda _, error: _http_problem(error))
     # Its text may quote a patient's data; the log has it.
     internal = ApiError(500, "internal_error", "the service failed on this request; its log says why")
     api.add_exception_handler(Exception, lambda *_: problem_response(internal))

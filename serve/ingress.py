@@ -89,6 +89,8 @@ def build_api(backend: Backend) -> FastAPI:
         responses={503: PROBLEMS[503]},
         docs_url=None,
         redoc_url=None,
+        # A path with a slash too many is 404 like any other, not a redirect past the access guard's table.
+        redirect_slashes=False,
     )
     add_error_handlers(api)
     bodies = {
@@ -127,17 +129,17 @@ def build_api(backend: Backend) -> FastAPI:
 
 
 def _add_model_routes(api: FastAPI, service: PredictionService, keys: KeyRing | None) -> None:
-    @api.get("/v1/model")
+    @api.get("/v1/model", operation_id="get_model")
     async def model() -> ModelCard:
         """The model that answers now: classes, metadata fields, thresholds, metrics, engine."""
         return ModelCard.model_validate(await service.model_card())
 
-    @api.get("/healthz")
+    @api.get("/healthz", operation_id="check_health")
     async def healthz() -> Health:
         """The HTTP node lives."""
         return Health(status="ok")
 
-    @api.get("/readyz", responses={503: {"model": Health}})
+    @api.get("/readyz", operation_id="check_readiness", responses={503: {"model": Health}})
     async def readyz() -> Any:
         """Every node answers with the same model, and records find a disk."""
         checks = await service.readiness()

@@ -19,7 +19,7 @@ def add_label_routes(api: FastAPI, service: PredictionService, records: RecordSe
     """`POST /v1/labels`."""
     repeated = {200: {"model": Label, "description": "the labeller's latest label says the same; nothing was stored"}}
 
-    @api.post("/v1/labels", status_code=201, responses=repeated | BODY_PROBLEMS)
+    @api.post("/v1/labels", operation_id="add_label", status_code=201, responses=repeated | BODY_PROBLEMS)
     async def label(request: Request, response: Response, body: LabelRequest) -> Label:
         """Stores an expert's label of a prediction.
 

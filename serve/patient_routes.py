@@ -17,7 +17,7 @@ def add_patient_routes(api: FastAPI, records: RecordService) -> None:
     """`DELETE /v1/patients/{patient_id}`."""
 
     # `:path`, because an id may have slashes.
-    @api.delete("/v1/patients/{patient_id:path}", responses=READ_PROBLEMS)
+    @api.delete("/v1/patients/{patient_id:path}", operation_id="erase_patient", responses=READ_PROBLEMS)
     async def erase_patient(request: Request, patient_id: str) -> ErasureReport:
         """Removes a patient's records, labels and pictures for good; the audit trail keeps that it was done.
 

@@ -81,7 +81,7 @@ def _answer(outcome: Outcome) -> Prediction | Problem:
 def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
     """`POST /v1/predict` and `POST /v1/predict/batch`."""
 
-    @api.post("/v1/predict", responses=PROBLEMS)
+    @api.post("/v1/predict", operation_id="predict", responses=PROBLEMS)
     async def predict(
         request: Request,
         image: Annotated[UploadFile, File(description="JPEG, PNG or WebP")],
@@ -106,7 +106,7 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
             raise outcome
         return Prediction.of(*outcome)
 
-    @api.post("/v1/predict/batch", responses=PROBLEMS)
+    @api.post("/v1/predict/batch", operation_id="predict_batch", responses=PROBLEMS)
     async def predict_batch(
         request: Request,
         images: Annotated[list[UploadFile], File(description="JPEG, PNG or WebP, each under this name")],

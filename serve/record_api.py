@@ -69,6 +69,21 @@ _ALARM = {
     "acknowledged_at": None,
     "acknowledged_by": None,
 }
+_SUMMARY = {
+    "start": "2024-05-03T09:30:00Z",
+    "end": "2024-05-03T10:30:00Z",
+    "predictions": 412,
+    "abstained": 9,
+    "by_band": {"low": 390, "moderate": 11, "high": 2},
+    "by_model_version": {"3": 412},
+    "abstention_reasons": {"blurred": 9},
+    "per_hour": [{"start": "2024-05-03T09:30:00Z", "predictions": 412, "abstained": 9}],
+    "total_ms": {"mean": 15.2, "median": 14.1, "p95": 24.8},
+    "drift": [],
+    "unacknowledged_alarms": {"missed_cancer": 1},
+    "labels": 3,
+    "missed_cancers": 1,
+}
 
 
 def _example(value: dict[str, Any], **config: Any) -> ConfigDict:
@@ -232,6 +247,8 @@ class DriftState(BaseModel):
 
 class MonitoringSummary(BaseModel):
     """What the service did in the last hours, champion's records only."""
+
+    model_config = _example(_SUMMARY)
 
     start: datetime
     end: datetime

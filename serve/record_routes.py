@@ -35,7 +35,7 @@ _PICTURE = {
 def add_record_routes(api: FastAPI, records: RecordService) -> None:
     """`GET /v1/predictions`, `GET /v1/predictions/{id}` and its `/image`."""
 
-    @api.get("/v1/predictions", responses=READ_PROBLEMS)
+    @api.get("/v1/predictions", operation_id="list_predictions", responses=READ_PROBLEMS)
     async def predictions(query: Annotated[PredictionQuery, Query()]) -> PredictionPage:
         """Records, newest first, page by page."""
         wanted = query.to_filter(records.pseudonym)
@@ -47,7 +47,7 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
             items=items, next_cursor=None if last is None else encode_cursor(last["received_at"], last["id"])
         )
 
-    @api.get("/v1/predictions/{prediction_id}", responses=ITEM_PROBLEMS)
+    @api.get("/v1/predictions/{prediction_id}", operation_id="get_prediction", responses=ITEM_PROBLEMS)
     async def prediction(request: Request, prediction_id: PredictionId) -> LabelledPrediction:
         """One record with its labels. A caller sees its own."""
         row, labels = await records.record(prediction_id)
@@ -55,7 +55,12 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
         fields = LoggedPrediction.fields_of(row, bool(labels))
         return LabelledPrediction(**fields, labels=[Label.of(label) for label in labels])
 
-    @api.get("/v1/predictions/{prediction_id}/image", response_class=Response, responses=_PICTURE | ITEM_PROBLEMS)
+    @api.get(
+        "/v1/predictions/{prediction_id}/image",
+        operation_id="get_image",
+        response_class=Response,
+        responses=_PICTURE | ITEM_PROBLEMS,
+    )
     async def image(
         prediction_id: PredictionId,
         if_none_match: Annotated[str | None, Header(description="ETag of a picture that the client has")] = None,

@@ -24,7 +24,7 @@ def add_retrain_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -> 
     bad = {status: PROBLEMS[status] for status in (400, 413, 422)}
     open_already = {"model": RetrainAccepted, "description": "a request of this trigger is open: this one"}
 
-    @api.post("/v1/retrain", status_code=202, responses={200: open_already, **bad})
+    @api.post("/v1/retrain", operation_id="request_retraining", status_code=202, responses={200: open_already, **bad})
     async def retrain(request: Request, response: Response, order: RetrainOrder) -> RetrainAccepted:
         """Asks for a training. One request per trigger is open at a time; asking again answers with that one."""
         name = caller_of(request).name
@@ -34,7 +34,11 @@ def add_retrain_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -> 
         response.headers["Location"] = url
         return RetrainAccepted(retrain_id=row["id"], state=row["state"], status_url=url)
 
-    @api.get("/v1/retrain/{retrain_id}", responses={404: {"model": Problem, "description": "no such request"}})
+    @api.get(
+        "/v1/retrain/{retrain_id}",
+        operation_id="get_retraining",
+        responses={404: {"model": Problem, "description": "no such request"}},
+    )
     async def retraining(retrain_id: Annotated[str, Path(description="as POST /v1/retrain answered")]) -> Retraining:
         """State of a request to train, and the candidate that came of it."""
         row = await records(find_retraining, retrain_id) if _ID.fullmatch(retrain_id) else None

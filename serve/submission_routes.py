@@ -38,7 +38,7 @@ def add_submission_routes(api: FastAPI, service: PredictionService, queue: Submi
     full = {"model": Problem, "description": "too many submissions wait; send it again after Retry-After"}
     unknown = {"model": Problem, "description": "no such submission of this caller"}
 
-    @api.post("/v1/submissions", status_code=202, responses={**PROBLEMS, 429: full})
+    @api.post("/v1/submissions", operation_id="submit", status_code=202, responses={**PROBLEMS, 429: full})
     async def submit(
         request: Request,
         response: Response,
@@ -64,7 +64,7 @@ def add_submission_routes(api: FastAPI, service: PredictionService, queue: Submi
         response.headers["Location"] = url
         return SubmissionAccepted(submission_id=row["id"], state=row["state"], status_url=url)
 
-    @api.get("/v1/submissions/{submission_id}", responses={404: unknown})
+    @api.get("/v1/submissions/{submission_id}", operation_id="get_submission", responses={404: unknown})
     async def submission(
         request: Request, submission_id: Annotated[str, Path(description="as POST /v1/submissions answered")]
     ) -> Submission:

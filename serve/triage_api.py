@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.api import Prediction, Problem
+from serve.api import PREDICTION_EXAMPLE, Prediction, Problem
 
 
 class RankedLesion(Prediction):
@@ -28,7 +28,21 @@ class RefusedLesion(Problem):
 class Triage(BaseModel):
     """A patient's lesions in the order in which to look at them."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_version": "3",
+                    "context": "patient",
+                    "lesions": [{**PREDICTION_EXAMPLE, "context": "patient", "index": 1, "rank": 1}],
+                    "refused": [
+                        {"error": "unsupported_media_type", "detail": "image: not a JPEG, PNG or WebP file", "index": 0}
+                    ],
+                }
+            ]
+        },
+    )
 
     model_version: str
     context: Literal["patient"] = "patient"

@@ -52,7 +52,7 @@ def add_triage_routes(api: FastAPI, service: PredictionService) -> None:
 
     problems = PROBLEMS | {409: {"model": Problem, "description": "the model compares no lesions of a patient"}}
 
-    @api.post("/v1/patients/triage", responses=problems)
+    @api.post("/v1/patients/triage", operation_id="triage_patient", responses=problems)
     async def triage(
         request: Request,
         images: Annotated[list[UploadFile], File(description="JPEG, PNG or WebP, each under this name")],

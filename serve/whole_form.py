@@ -23,7 +23,8 @@ class WholeForm:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        # No route reads a form with another method.
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         kind, options = parse_options_header(Headers(scope=scope).get("content-type", ""))
