@@ -143,3 +143,96 @@ def test_a_wrong_number_of_results_is_an_error_not_a_hang():
 
     with pytest.raises(RuntimeError, match="0 results for 1 items"):
         asyncio.run(asyncio.wait_for(SharedCalls(commit, size=lambda item: 1).submit(1), 5))
+
+
+def test_so_many_calls_are_under_way_and_the_next_item_waits_for_one_to_end():
+    async def scenario():
+        call = Slow()
+        shared = SharedCalls(call, size=lambda item: 1, concurrency=2, max_items=4)
+        tasks = []
+        for item in range(6):
+            tasks.append(asyncio.create_task(shared.submit(item)))
+            await started(*tasks)
+        assert call.groups == [[0], [1]]
+        assert shared.oldest_wait_s() > 0
+        call.permits.release()
+        await started(*tasks)
+        assert call.groups == [[0], [1], [2, 3, 4, 5]] and shared.oldest_wait_s() == 0
+        for _ in range(2):
+            call.permits.release()
+        assert await asyncio.gather(*tasks) == [f"done {item}" for item in range(6)]
+
+    asyncio.run(scenario())
+
+
+def test_a_patient_item_shares_the_next_call_and_gets_its_own_when_that_takes_too_long():
+    async def scenario():
+        call = Slow()
+        shared = SharedCalls(call, size=lambda item: 1, concurrency=2, patience_s=0.05)
+        first = asyncio.create_task(shared.submit("first"))
+        await started(first)
+        second, third = asyncio.create_task(shared.submit("second")), asyncio.create_task(shared.submit("third"))
+        await started(second, third)
+        assert call.groups == [["first"]]
+        async with asyncio.timeout(10):
+            while len(call.groups) < 2:
+                await asyncio.sleep(0.005)
+        assert call.groups == [["first"], ["second", "third"]]
+        for _ in range(2):
+            call.permits.release()
+        await asyncio.gather(first, second, third)
+        # Nothing is under way: no reason to wait.
+        last = asyncio.create_task(shared.submit("last"))
+        await started(last)
+        assert call.groups[-1] == ["last"]
+        call.permits.release()
+        assert await last == "done last"
+
+    asyncio.run(scenario())
+
+
+def test_what_nobody_waits_for_is_not_sent():
+    async def scenario():
+        call = Slow()
+        shared = SharedCalls(call, size=lambda item: 1, keep_cancelled=False)
+        first, gone, last = (asyncio.create_task(shared.submit(item)) for item in ("first", "gone", "last"))
+        await started(first)
+        # The first group took all three; a second one forms behind it.
+        behind, left = asyncio.create_task(shared.submit("behind")), asyncio.create_task(shared.submit("left"))
+        await started(behind, left)
+        behind.cancel()
+        gone.cancel()
+        await started(behind, gone)
+        for _ in range(2):
+            call.permits.release()
+        assert await asyncio.gather(first, last, left) == ["done first", "done last", "done left"]
+        assert call.groups == [["first", "gone", "last"], ["left"]]
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_goes_on():
+    async def scenario():
+        cancelled = []
+
+        async def call(items):
+            try:
+                if items != ["next"]:
+                    await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(items)
+                raise
+            return items
+
+        shared = SharedCalls(call, size=lambda item: 1, keep_cancelled=False)
+        tasks = [asyncio.create_task(shared.submit(item)) for item in ("a", "b")]
+        await started(*tasks)
+        tasks[0].cancel()
+        await started(*tasks)
+        assert cancelled == [], "someone still waits"
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert await asyncio.wait_for(shared.submit("next"), 5) == "next"
+        assert cancelled == [["a", "b"]]
+
+    asyncio.run(scenario())
