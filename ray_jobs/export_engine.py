@@ -178,8 +178,8 @@ def _candidates(
         say(f"{reason}: not tried")
     found = candidates_for(None, BUCKETS)
     if writer is None:
-        say("no data set given: nothing shows what float16 or int8 would cost, so float32 engines only are tried")
-        return found, lambda refused: []
+        say("no data set given: nothing shows what lower precision would cost, so float32 engines only are tried")
+        return [candidate for candidate in found if candidate.precision == "fp32"], lambda refused: []
     if float16_has_use():
         found += writer.float16()
     if config.int8 is not None:

@@ -41,7 +41,10 @@ def test_default_candidates_agree_and_each_bucket_gets_one(bundle):
     engine_set = measure_candidates(bundle, candidates_for(None, BUCKETS), rounds=2)
     assert engine_set.passed and engine_set.bundle_digest == bundle.digest
     assert set(engine_set.chosen) == {1, 8, 32}
-    for report in engine_set.candidates:
+    exact = [report for report in engine_set.candidates if report.candidate.precision == "fp32"]
+    # Where the processor computes in bfloat16, that is tried too, and nothing here shows what it costs.
+    assert exact and not any(report.passed for report in engine_set.candidates if report not in exact)
+    for report in exact:
         assert report.passed and report.parity.probability < 1e-5
         assert all(ms > 0 for ms in report.ms_per_image.values())
         assert set(report.images_per_second) == {1, 8, 32} and all(v > 0 for v in report.images_per_second.values())

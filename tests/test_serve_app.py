@@ -240,26 +240,55 @@ def test_a_killed_replica_loses_no_answered_prediction(service, deployment):
         assert traffic.failed == []
 
 
-def test_a_new_model_takes_over_under_load_without_new_replicas(service, ray_connected, monkeypatch):
+def versions_of_batches(service: Service, stop: threading.Event) -> list[set[str]]:
+    """The model versions within each answer to a batch, until told to stop."""
+    found = []
+    images = [("images", ("x", lesion_image(seed))) for seed in range(24)]
+    with httpx.Client(timeout=60, trust_env=False) as client:
+        while not stop.is_set():
+            response = client.post(f"{service.url}/v1/predict/batch", files=images)
+            assert response.status_code == 200, response.text
+            found.append({answer["model_version"] for answer in response.json()})
+    return found
+
+
+def test_a_new_model_takes_over_under_load_and_the_old_one_comes_back(service, ray_connected, monkeypatch):
     monkeypatch.setenv("DERMRAY_HOME", str(service.home))
     # The same code, even if a file was edited since: another release restarts the replicas.
     monkeypatch.setattr("ray_jobs.deploy_service.write_release", lambda *_: Path(service.config["release"]))
     second = served_bundle(service.home / "bundles" / "second", onnx_bias=1.5)
     scorers = set(replicas("ImageScorer"))
-    config = DeployServiceConfig(
-        bundle=second.bundle_uri,
-        port=ray_connected.http_port,
-        drift_logger={"attempt_timeout_s": 2},
-        scorer={"max_replicas": 1},
-    )
-    traffic = Traffic(service)
-    traffic.during(lambda: run(config))
+
+    def deploy(bundle: str) -> None:
+        config = DeployServiceConfig(
+            bundle=bundle,
+            port=ray_connected.http_port,
+            drift_logger={"attempt_timeout_s": 2},
+            scorer={"max_replicas": 1},
+        )
+        run(config)
+
+    def swap_and_roll_back() -> None:
+        deploy(second.bundle_uri)
+        traffic.wait_for_answers(10)
+        deploy(str(service.home / "bundles" / "first"))
+
+    traffic, stop = Traffic(service), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(versions_of_batches, service, stop)
+        try:
+            traffic.during(swap_and_roll_back)
+        finally:
+            stop.set()
+        batch_versions = batches.result(timeout=90)
     assert traffic.failed == []
     assert set(replicas("ImageScorer")) == scorers
+    assert batch_versions and all(len(versions) == 1 for versions in batch_versions), "an answer of two models"
     wait_for(lambda: service.spooled() == 0, "the replay of the spool")
     rows = {row["id"]: row for row in open_log(service.storage).store.predictions_between(0, 2**62)}
     versions = [rows[prediction]["model_version"] for prediction in traffic.answered]
     assert set(versions) == {service.config["model_version"], f"bundle-{second.sha256[:12]}"}
+    assert versions[-1] == service.config["model_version"]
 
 
 def test_another_port_than_the_running_serve_is_refused(service, ray_connected, monkeypatch):
