@@ -15,19 +15,28 @@ from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, backend
 
 
 class LocalService:
-    """A client of a service that serves one bundle, its data below `home`."""
+    """A client of a service that serves one bundle, its data below `home`.
 
-    def __init__(self, reference: ModelReference, home: Path, limits: UploadLimits | None = None):
+    `nodes`: (scorer, fusion) that several services share; loading a bundle takes its time.
+    """
+
+    def __init__(
+        self,
+        reference: ModelReference,
+        home: Path,
+        limits: UploadLimits | None = None,
+        nodes: tuple[LocalScorer, LocalFusion] | None = None,
+        retry_after_s: int = 2,
+    ):
         places = storage(home)
         self.home = home
         self.log = open_log(places)
-        durable = DurableLog(
-            LocalSidecar(places), self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
-        )
-        self.scorer = LocalScorer(reference)
-        self.service = prediction_service((self.scorer, LocalFusion(reference)), durable, limits)
+        self.sidecar = LocalSidecar(places)
+        settings = DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
+        self.scorer, fusion = nodes or (LocalScorer(reference), LocalFusion(reference))
+        self.service = prediction_service((self.scorer, fusion), DurableLog(self.sidecar, self.log, settings), limits)
         self.service.use_model(ServedModel.load(reference))
-        self.api = build_api(backend(self.service, self.log))
+        self.api = build_api(backend(self.service, self.log, retry_after_s=retry_after_s))
         self.client = TestClient(self.api, raise_server_exceptions=False)
 
     def rows(self) -> list[dict]:

@@ -9,26 +9,20 @@ import json
 import cv2
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
 from monitoring.prediction_log import decode_embedding, patient_hmac
-from serve.drift_logger import open_log
-from serve.durable_log import DurableLog
 from serve.errors import unavailable
-from serve.ingress import NOTICE_HEADER, build_api
+from serve.ingress import NOTICE_HEADER
 from serve.served_model import ServedModel
-from serve.settings import DriftLoggerSettings, IngressSettings, UploadLimits
+from serve.settings import IngressSettings, UploadLimits
 from tests.bundle_factory import (
     LocalFusion,
     LocalScorer,
-    LocalSidecar,
-    backend,
     lesion_image,
     lesion_rule,
-    prediction_service,
     served_bundle,
-    storage,
 )
+from tests.local_service import LocalService
 
 FIELDS = {
     "prediction_id",
@@ -59,18 +53,11 @@ def nodes(reference):
     return LocalScorer(reference), LocalFusion(reference)
 
 
-class Served:
+class Served(LocalService):
     """A client of the service, and what stands behind it."""
 
-    def __init__(self, reference, nodes, places):
-        self.sidecar = LocalSidecar(places)
-        self.log = open_log(places)
-        durable = DurableLog(
-            self.sidecar, self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
-        )
-        self.service = prediction_service(nodes, durable, LIMITS)
-        self.service.use_model(ServedModel.load(reference))
-        self.client = TestClient(build_api(backend(self.service, self.log)), raise_server_exceptions=False)
+    def __init__(self, reference, nodes, home):
+        super().__init__(reference, home, LIMITS, nodes)
 
     def predict(self, image=None, key=None, **form):
         headers = {} if key is None else {"Idempotency-Key": key}
@@ -86,13 +73,10 @@ class Served:
     def give_up_after(self, seconds):
         self.service.scoring.settings = IngressSettings(request_timeout_s=seconds)
 
-    def rows(self):
-        return list(self.log.store.predictions_between(0, 2**62))
-
 
 @pytest.fixture
 def served(reference, nodes, dermray_home):
-    with_client = Served(reference, nodes, storage(dermray_home))
+    with_client = Served(reference, nodes, dermray_home)
     with with_client.client:
         yield with_client
 
@@ -361,7 +345,7 @@ def careful_reference(rule, tmp_path_factory):
 def careful(careful_reference, dermray_home):
     """A service whose model abstains from pictures unlike `lesion_image`."""
     nodes = LocalScorer(careful_reference), LocalFusion(careful_reference)
-    with_client = Served(careful_reference, nodes, storage(dermray_home))
+    with_client = Served(careful_reference, nodes, dermray_home)
     with with_client.client:
         yield with_client
 

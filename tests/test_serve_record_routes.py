@@ -7,27 +7,18 @@ import threading
 from datetime import UTC, datetime
 
 import pytest
-from starlette.testclient import TestClient
 
 from monitoring.prediction_log import EMBEDDING_DIM, PredictionRecord, patient_hmac
-from serve.drift_logger import open_log
-from serve.durable_log import DurableLog
-from serve.ingress import build_api
-from serve.served_model import ServedModel
-from serve.settings import DriftLoggerSettings
 from store import database
 from store.image_files import ImageFiles
 from store.tables import now_us
 from tests.bundle_factory import (
     LocalFusion,
     LocalScorer,
-    LocalSidecar,
-    backend,
     lesion_image,
-    prediction_service,
     served_bundle,
-    storage,
 )
+from tests.local_service import LocalService
 
 KEY = b"a test's secret"
 OLD = 1_714_555_800_000_000  # 2024-05-01T09:30:00Z
@@ -43,20 +34,11 @@ def nodes(reference):
     return LocalScorer(reference), LocalFusion(reference)
 
 
-class Served:
+class Served(LocalService):
     """A client of the service, its log, and its sidecar."""
 
-    def __init__(self, reference, nodes, places):
-        self.sidecar = LocalSidecar(places)
-        self.log = open_log(places)
-        durable = DurableLog(
-            self.sidecar, self.log, DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
-        )
-        service = prediction_service(nodes, durable, key=KEY)
-        service.use_model(ServedModel.load(reference))
-        self.client = TestClient(
-            build_api(backend(service, self.log, KEY, retry_after_s=3)), raise_server_exceptions=False
-        )
+    def __init__(self, reference, nodes, home):
+        super().__init__(reference, home, nodes=nodes, retry_after_s=3)
 
     def predict(self, seed=0, suffix=".jpg", **form):
         image = {"image": ("lesion", lesion_image(seed, suffix=suffix))}
@@ -84,7 +66,7 @@ class Served:
 
 @pytest.fixture
 def served(reference, nodes, dermray_home):
-    with_client = Served(reference, nodes, storage(dermray_home))
+    with_client = Served(reference, nodes, dermray_home)
     with with_client.client:
         yield with_client
 

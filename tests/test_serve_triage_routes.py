@@ -10,7 +10,7 @@ import pytest
 from modeling.bundle import load_bundle
 from serve.lesion import prepare
 from serve.settings import UploadLimits
-from tests.bundle_factory import LocalFusion, LocalScorer, blank_image, lesion_image, lesion_rule, storage
+from tests.bundle_factory import LocalFusion, LocalScorer, blank_image, lesion_image, lesion_rule
 from tests.test_serve_ingress import Served, problem
 from tests.tiny_bundle import SIZE, tiny_bundle
 
@@ -28,7 +28,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def served(reference, dermray_home):
-    with_client = Served(reference, (LocalScorer(reference), LocalFusion(reference)), storage(dermray_home))
+    with_client = Served(reference, (LocalScorer(reference), LocalFusion(reference)), dermray_home)
     with with_client.client:
         yield with_client
 
@@ -132,7 +132,7 @@ def test_a_patient_must_be_named_and_a_model_without_comparison_says_so(served, 
     plain = ModelReference(bundle_uri=str(tmp_path / "plain"), sha256=bundle.digest, version="8")
     home = tmp_path / "plain-home"
     home.mkdir()
-    other = Served(plain, (LocalScorer(plain), LocalFusion(plain)), storage(home))
+    other = Served(plain, (LocalScorer(plain), LocalFusion(plain)), home)
     with other.client:
         answer = triage(other, pictures(2))
         problem(answer, 409, "compares no lesions")

@@ -14,24 +14,7 @@ from sqlalchemy.dialects import postgresql
 from store import connection, database
 from store.database import StoreUnavailableError, open_store
 from store.tables import SCHEMA_VERSION, schema, schema_version
-
-
-def prediction(row_id: str, **values) -> dict:
-    base = {
-        "id": row_id,
-        "idempotency_key": None,
-        "received_at": 1_000,
-        "caller": "clinic",
-        "role": "champion",
-        "model_version": "1",
-        "context": "none",
-        "metadata": {"age_approx": 50.0},
-        "abstained": False,
-        "reasons": [],
-        "stage_ms": {},
-    }
-    return base | values
-
+from tests.log_rows import prediction_row
 
 # Every test runs on SQLite; these on PostgreSQL too.
 on_both = pytest.mark.parametrize(
@@ -61,7 +44,7 @@ def _write_many(url: str, name: str, start) -> None:
     start.wait()
     store = open_store(url)
     for index in range(10):
-        store.insert_predictions([prediction(f"{name}-{index}")])
+        store.insert_predictions([prediction_row(f"{name}-{index}")])
         store.append_audit(name, "write", f"prediction/{index}", {})
     store.close()
 
@@ -101,13 +84,13 @@ def test_commits_are_synced_and_readers_do_not_block_writers(store):
         assert connection.execute(sql.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sql.text("PRAGMA synchronous")).scalar() == 2  # FULL
         connection.execute(sql.text("SELECT count(*) FROM predictions"))
-        assert store.insert_predictions([prediction("a")]) == 1
+        assert store.insert_predictions([prediction_row("a")]) == 1
 
 
 @on_both
 def test_a_prediction_is_stored_once_and_the_first_row_wins(store):
-    assert store.insert_predictions([prediction("a", risk=0.1), prediction("b")]) == 2
-    assert store.insert_predictions([prediction("a", risk=0.9), prediction("c")]) == 1
+    assert store.insert_predictions([prediction_row("a", risk=0.1), prediction_row("b")]) == 2
+    assert store.insert_predictions([prediction_row("a", risk=0.9), prediction_row("c")]) == 1
     assert ids(store) == ["a", "b", "c"]
     assert store.find_prediction("a")["risk"] == 0.1
     assert store.find_prediction("z") is None
@@ -115,9 +98,12 @@ def test_a_prediction_is_stored_once_and_the_first_row_wins(store):
 
 @on_both
 def test_one_idempotency_key_holds_one_prediction_per_caller(store):
-    assert store.insert_predictions([prediction("a", idempotency_key="k"), prediction("b", idempotency_key="k")]) == 1
-    assert store.insert_predictions([prediction("c", idempotency_key="k")]) == 0
-    assert store.insert_predictions([prediction("d", idempotency_key="k", caller="other")]) == 1
+    assert (
+        store.insert_predictions([prediction_row("a", idempotency_key="k"), prediction_row("b", idempotency_key="k")])
+        == 1
+    )
+    assert store.insert_predictions([prediction_row("c", idempotency_key="k")]) == 0
+    assert store.insert_predictions([prediction_row("d", idempotency_key="k", caller="other")]) == 1
     assert store.find_by_idempotency_key("clinic", "k")["id"] == "a"
     assert store.find_by_idempotency_key("other", "k")["id"] == "d"
     assert store.find_by_idempotency_key("third", "k") is None
@@ -125,7 +111,7 @@ def test_one_idempotency_key_holds_one_prediction_per_caller(store):
 
 def test_a_value_that_is_no_json_is_refused(store):
     with pytest.raises(ValueError, match="refuses a row"):
-        store.insert_predictions([prediction("a"), prediction("b", metadata={"x": object()})])
+        store.insert_predictions([prediction_row("a"), prediction_row("b", metadata={"x": object()})])
     assert ids(store) == []
 
 
@@ -133,18 +119,20 @@ def test_a_value_that_is_no_json_is_refused(store):
 def test_a_refused_row_takes_its_whole_transaction_back(store):
     image = {"hash": "h", "suffix": ".jpg", "num_bytes": 3, "stored_at": 1}
     with pytest.raises(ValueError, match="refuses a row"):
-        store.insert_predictions([prediction("a"), prediction("b", model_version=None)], [image])
+        store.insert_predictions([prediction_row("a"), prediction_row("b", model_version=None)], [image])
     assert ids(store) == [] and store.image_suffix("h") is None
-    store.insert_predictions([prediction("a")], [image])
+    store.insert_predictions([prediction_row("a")], [image])
     assert store.image_suffix("h") == ".jpg"
 
 
 @on_both
 def test_a_window_is_read_in_order_across_pages(store, monkeypatch):
     monkeypatch.setattr(database, "_PAGE_ROWS", 3)
-    rows = [prediction(f"r{index}", received_at=1_000 + index // 4) for index in range(11)]
-    store.insert_predictions(rows[::-1] + [prediction("early", received_at=999), prediction("late", received_at=1_003)])
-    store.insert_predictions([prediction("shadow", role="shadow")])
+    rows = [prediction_row(f"r{index}", received_at=1_000 + index // 4) for index in range(11)]
+    store.insert_predictions(
+        rows[::-1] + [prediction_row("early", received_at=999), prediction_row("late", received_at=1_003)]
+    )
+    store.insert_predictions([prediction_row("shadow", role="shadow")])
     found = [row["id"] for row in store.predictions_between(1_000, 1_003)]
     assert found == sorted(row["id"] for row in rows if row["received_at"] < 1_001) + sorted(
         row["id"] for row in rows if row["received_at"] == 1_001
@@ -158,9 +146,9 @@ def test_a_locked_store_says_so_and_takes_the_same_rows_later(url, monkeypatch):
     other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked"):
-        store.insert_predictions([prediction("a")])
+        store.insert_predictions([prediction_row("a")])
     other.execute("COMMIT")
-    assert store.insert_predictions([prediction("a")]) == 1
+    assert store.insert_predictions([prediction_row("a")]) == 1
 
 
 def drift_row(**values) -> dict:
@@ -201,7 +189,7 @@ def test_a_window_has_one_drift_row_per_label_watermark(store, tmp_path):
 
 @on_both
 def test_label_watermark_counts_labels_of_the_window_only(store):
-    store.insert_predictions([prediction("a", received_at=5), prediction("b", received_at=15)])
+    store.insert_predictions([prediction_row("a", received_at=5), prediction_row("b", received_at=15)])
     label = {"label": "nv", "malignant": False, "labeller": "x", "labelled_at": 1}
     with store.writing() as writer:
         writer.execute(database.labels.insert(), [{**label, "prediction_id": "a"}, {**label, "prediction_id": "b"}])
@@ -305,7 +293,7 @@ def test_a_store_of_an_earlier_release_gets_the_indexes_it_lacks_and_keeps_its_r
     complete = indexes()
     later = {"ix_predictions_image_hash", "ix_audit_subject", "ix_alarms_raised_at", "ix_labels_labelled_at"}
     assert later <= complete
-    store.insert_predictions([prediction("a")])
+    store.insert_predictions([prediction_row("a")])
     with store.writing() as writer:
         for name in later:
             writer.exec_driver_sql(f"DROP INDEX {name}")
