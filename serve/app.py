@@ -19,6 +19,7 @@ from serve.settings import ModelReference, ServeSettings
 _CONSTRUCTOR_ATTEMPTS = 3
 # Serve notices a dead replica by its health check: with the default of 10 s a killed sidecar was back after up to 50 s.
 _HEALTH_CHECK_PERIOD_S = 2.0
+_SETTLE_S = 12.0
 
 
 def build_app(settings: ServeSettings, model: ModelReference) -> serve.Application:
@@ -90,4 +91,6 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
         max_ongoing_requests=settings.ingress.max_ongoing_requests,
         max_queued_requests=settings.ingress.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=settings.ingress.retry_after_s),
+        # What is under way when a replica is replaced is answered, and claimed submissions are settled.
+        graceful_shutdown_timeout_s=settings.ingress.request_timeout_s + _SETTLE_S,
     )

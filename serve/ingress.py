@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,10 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
-        self._backend.service.use_model(ServedModel.load(ModelReference.model_validate(config)))
+        # Hashing a bundle, or fetching it, takes seconds in which others want their answers.
+        load = asyncio.get_running_loop().run_in_executor
+        model = await load(None, ServedModel.load, ModelReference.model_validate(config))
+        self._backend.service.use_model(model)
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:

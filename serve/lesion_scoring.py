@@ -28,6 +28,7 @@ from serve.metadata_fusion import FusedRisk, FusedRisks
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings, UploadLimits
 from serve.stage_clock import StageClock
+from serve.upload import read_dimensions, sniff_format
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,8 +36,9 @@ logger = logging.getLogger("ray.serve")
 PART_IMAGES = 16
 _FIRST_PART_IMAGES = 4
 _PARTS_UNDER_WAY = 3
-# A tile of 10 KB is decoded in less time than a thread takes to get going beside the event loop.
-_SMALL_BYTES = 32 * 2**10
+# A tile is decoded in less time than a thread takes to get going beside the event loop. Bytes alone say nothing: a PNG
+# of 6 KB can hold 49 million pixels, which would keep the loop for two seconds.
+_SMALL_BYTES, _SMALL_PIXELS = 32 * 2**10, 256 * 256
 
 Result = TypeVar("Result")
 
@@ -210,7 +212,7 @@ class LesionScoring:
         """The requests' pictures, decoded, or why one is none."""
         # What was stored before was checked before.
         arguments = [(request.image, model.input_size, None if request.stored else self.limits) for request in requests]
-        if len(requests) == 1 and len(requests[0].image) <= _SMALL_BYTES:
+        if len(requests) == 1 and _is_small(requests[0].image):
             return [prepare_or_error(*arguments[0])]
         decode = asyncio.get_running_loop().run_in_executor
         return await gather_or_cancel([decode(self._threads, prepare_or_error, *item) for item in arguments])
@@ -256,6 +258,13 @@ class LesionScoring:
             return [[] for _ in next(iter(quality.values()))]
         assert distances is not None, "the same bundle gave the scores"
         return model.abstention.refusals({name: np.array(values) for name, values in quality.items()}, distances)
+
+
+def _is_small(data: bytes) -> bool:
+    """Whether a file is decoded at once, as its header says."""
+    image_format = sniff_format(data) if len(data) <= _SMALL_BYTES else None
+    size = read_dimensions(data, image_format) if image_format is not None else None
+    return size is not None and size[0] * size[1] <= _SMALL_PIXELS
 
 
 def _answers(part: _Part, risks: Sequence[FusedRisk]) -> list[ScoredLesion]:

@@ -90,6 +90,10 @@ class MetadataFusionLogic:
                 risks[row] = self._answer(context, values)
         return FusedRisks(self.digest, [risk for risk in risks if risk is not None])
 
+    def fits(self, log_probabilities: np.ndarray) -> bool:
+        """Whether these (N, K) are of as many classes as this model has."""
+        return log_probabilities.shape[1:] == (self._task.num_classes,)
+
     def fuse_patient(
         self, log_probabilities: np.ndarray, records: Sequence[Record | None], trusted: np.ndarray
     ) -> FusedRisks | None:
@@ -144,8 +148,10 @@ class MetadataFusion:
         return self._logic
 
     async def fuse(self, log_probabilities: np.ndarray, records: list[Record | None]) -> FusedRisks:
-        """See `MetadataFusionLogic.fuse`."""
+        """See `MetadataFusionLogic.fuse`; no risks, beside the digest that says why, for scores of another model."""
         logic = self._loaded()
+        if not logic.fits(log_probabilities):
+            return FusedRisks(logic.digest, [])
         if len(records) == 1:
             return logic.fuse(log_probabilities, records)
         return await asyncio.get_running_loop().run_in_executor(self._thread, logic.fuse, log_probabilities, records)
@@ -154,7 +160,10 @@ class MetadataFusion:
         self, log_probabilities: np.ndarray, records: list[Record | None], trusted: np.ndarray
     ) -> FusedRisks | None:
         """See `MetadataFusionLogic.fuse_patient`."""
-        fuse = self._loaded().fuse_patient
+        logic = self._loaded()
+        if not logic.fits(log_probabilities):
+            return FusedRisks(logic.digest, [])
+        fuse = logic.fuse_patient
         return await asyncio.get_running_loop().run_in_executor(self._thread, fuse, log_probabilities, records, trusted)
 
     async def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from monitoring.prediction_log import PredictionRecord
 from serve.drift_logger import Ack, LogEntry
-from serve.errors import unavailable
+from serve.errors import ApiError, unavailable
 from serve.image_scorer import ActivationMap, ImageScores
 from serve.metadata_fusion import FusedRisks
 from serve.settings import ScorerSettings
@@ -90,6 +90,17 @@ async def call_again(method: Any, *arguments: Any, retry_after_s: int) -> Any:
     raise unavailable(f"replicas of {method.deployment_name} die under this call", retry_after_s)
 
 
+async def _by_shape(
+    group: list[Any], shape: Callable[[Any], tuple[int, ...]], call: Callable[[list[Any]], Awaitable[list[Any]]]
+) -> list[Any]:
+    """Makes one call for all items of a shape; their answers in the group's order."""
+    answers: dict[int, Any] = {}
+    for wanted in dict.fromkeys(map(shape, group)):
+        places = [place for place, item in enumerate(group) if shape(item) == wanted]
+        answers.update(zip(places, await call([group[place] for place in places]), strict=True))
+    return [answers[place] for place in range(len(group))]
+
+
 class ScorerNode:
     """`Scorer` over the ImageScorer handle: pictures of requests that wait at the same time share calls."""
 
@@ -111,6 +122,10 @@ class ScorerNode:
         return await self._calls.submit(_Pictures(images, deadline))
 
     async def _score(self, group: list[_Pictures]) -> list[ImageScores | None]:
+        # While a model with another input size is rolled out, pictures of both sizes wait together.
+        return await _by_shape(group, lambda pictures: pictures.images.shape[1:], self._score_alike)
+
+    async def _score_alike(self, group: list[_Pictures]) -> list[ImageScores | None]:
         images = group[0].images if len(group) == 1 else np.concatenate([pictures.images for pictures in group])
         left = max(pictures.deadline for pictures in group) - time.monotonic()
         scores = await call_again(self._score_method, images, left, retry_after_s=self._retry_after_s)
@@ -150,7 +165,21 @@ class FusionNode:
         arguments = (log_probabilities, records, trusted)
         return await call_again(self._patient_method, *arguments, retry_after_s=self._retry_after_s)
 
-    async def _fuse(self, group: list[_Lesions]) -> list[FusedRisks]:
+    async def _fuse(self, group: list[_Lesions]) -> list[FusedRisks | Exception]:
+        return await _by_shape(group, lambda lesions: lesions.log_probabilities.shape[1:], self._fuse_alike)
+
+    async def _fuse_alike(self, group: list[_Lesions]) -> list[FusedRisks | Exception]:
+        try:
+            return await self._fuse_together(group)
+        except ApiError:
+            raise
+        except Exception as error:
+            if len(group) == 1:
+                return [error]
+            # One request's scores that cannot be fused must not take its neighbours along.
+            return [answer for lesions in group for answer in await self._fuse_alike([lesions])]
+
+    async def _fuse_together(self, group: list[_Lesions]) -> list[FusedRisks]:
         log_probabilities = np.concatenate([lesions.log_probabilities for lesions in group])
         records = [record for lesions in group for record in lesions.records]
         fused = await call_again(self._fuse_method, log_probabilities, records, retry_after_s=self._retry_after_s)

@@ -93,6 +93,8 @@ class SharedCalls(Generic[Item, Result]):
 
     async def _drain(self) -> None:
         while group := self._take():
+            # What did not fit may have waited long enough for a call of its own.
+            self._start()
             results: Sequence[Result | BaseException] = []
             try:
                 results = await self._call_for(group)

@@ -191,3 +191,39 @@ def test_lesions_of_several_requests_are_fused_in_one_call():
     assert [[risk.risk for risk in answer.risks] for answer in answers] == [[1], [2, 3], [4]]
     assert {answer.digest for answer in answers} == {"digest"}
     assert calls == [4]
+
+
+def test_pictures_of_two_input_sizes_wait_together_while_a_model_is_rolled_out():
+    async def scenario():
+        network = Network()
+        network.gate.clear()
+        node = scorer(network, max_replicas=1, target_ongoing_requests=1, patience_s=30)
+        deadline = time.monotonic() + 30
+        first = asyncio.create_task(node.score(pictures(1), deadline))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        large = np.full((1, 2 * SIZE, 2 * SIZE, 3), 3, np.uint8)
+        others = [asyncio.create_task(node.score(images, deadline)) for images in (pictures(2), large, pictures(4))]
+        await asyncio.sleep(0)
+        network.gate.set()
+        answers = await asyncio.gather(first, *others)
+        assert [scores.log_probabilities[0, 0] for scores in answers] == [1, 2, 3, 4]
+        assert [count for count, _ in network.calls] == [1, 2, 1]
+
+    asyncio.run(scenario())
+
+
+def test_scores_that_cannot_be_fused_fail_alone():
+    async def fuse(log_probabilities, records):
+        if np.isnan(log_probabilities).any():
+            raise ValueError("NaN")
+        return FusedRisks("digest", [FusedRisk("none", {}, float(row[0]), "low", 0.5) for row in log_probabilities])
+
+    async def scenario():
+        node = FusionNode(Handle(fuse=fuse), retry_after_s=3)
+        rows = [np.array([[1.0, 0]]), np.array([[np.nan, 0]]), np.array([[3.0, 0]]), np.array([[4.0, 0, 0]])]
+        return await asyncio.gather(*(node.fuse(part, [{}]) for part in rows), return_exceptions=True)
+
+    good, bad, other, classes = asyncio.run(scenario())
+    assert (good.risks[0].risk, other.risks[0].risk, classes.risks[0].risk) == (1, 3, 4)
+    assert isinstance(bad, ValueError)

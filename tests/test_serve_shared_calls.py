@@ -236,3 +236,18 @@ def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_goes_on
         assert cancelled == [["a", "b"]]
 
     asyncio.run(scenario())
+
+
+def test_what_does_not_fit_into_a_call_gets_the_next_when_it_has_waited_long_enough():
+    async def scenario():
+        call = Slow()
+        shared = SharedCalls(call, size=lambda item: 1, max_size=2, concurrency=4, patience_s=0.02)
+        tasks = [asyncio.create_task(shared.submit(item)) for item in range(8)]
+        async with asyncio.timeout(10):
+            while len(call.groups) < 4:
+                await asyncio.sleep(0.005)
+        for _ in range(4):
+            call.permits.release()
+        assert await asyncio.gather(*tasks) == [f"done {item}" for item in range(8)]
+
+    asyncio.run(scenario())
