@@ -7,6 +7,8 @@ times as much CPU per request as this does.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -119,8 +121,33 @@ class _Connection(asyncio.Protocol):
             self.transport.close()
 
 
+# A JPEG's first quantisation table, 8 bit: its last entries scale the highest frequencies, which hardly any tile has.
+_TABLE = b"\xff\xdb\x00\x43\x00"
+_TABLE_END, _STAMP_BYTES, _STAMP_BASE = len(_TABLE) + 64, 4, 255
+# Of all generators of a process, from a number on that no process before this one reached.
+_stamps = itertools.count(time.time_ns() // 1000)
+
+
+def _tables_end(request: bytes) -> list[int]:
+    """Where the last entries of each picture's first table are."""
+    return [found.start() + _TABLE_END - _STAMP_BYTES for found in re.finditer(re.escape(_TABLE), request)]
+
+
+def _restamped(request: bytes, places: list[int]) -> bytes:
+    """The request with pictures that were never sent before: another last entry or four in each one's table."""
+    stamped = bytearray(request)
+    for place in places:
+        number = next(_stamps)
+        for offset in range(_STAMP_BYTES):
+            number, digit = divmod(number, _STAMP_BASE)
+            stamped[place + offset] = digit + 1
+    return bytes(stamped)
+
+
 class LoadGenerator:
     """Sends `requests` (bytes as they go over the wire), each in turn, to one server.
+
+    Its JPEGs differ a little each time: a server that keeps pictures has to write every one of them.
 
     Args:
         url: http://host:port.
@@ -130,12 +157,12 @@ class LoadGenerator:
     def __init__(self, url: str, requests: Sequence[bytes]):
         address = urlsplit(url)
         self._host, self._port = address.hostname, address.port
-        self._requests = requests
+        self._requests = [(request, _tables_end(request)) for request in requests]
         self._next = 0
 
     def _take(self) -> bytes:
         self._next += 1
-        return self._requests[self._next % len(self._requests)]
+        return _restamped(*self._requests[self._next % len(self._requests)])
 
     async def _connect(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)

@@ -17,6 +17,9 @@ from modeling.engines import start_engine
 from serve.settings import ModelReference, ScorerSettings
 
 
+_MANY = 1024
+
+
 @dataclass(frozen=True)
 class ImageScores:
     """What the network says of N pictures, and which model said it.
@@ -129,8 +132,9 @@ class ImageScorer:
     def __init__(self, settings: dict[str, Any]):
         self._settings = ScorerSettings.model_validate(settings)
         self._logic: ImageScorerLogic | None = None
-        # One thread: the engine's own threads fill the replica's CPUs, and the event loop stays free meanwhile.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        runs = self._settings.max_concurrent_batches
+        self._threads = ThreadPoolExecutor(runs, thread_name_prefix="engine")
+        self._room = asyncio.Semaphore(runs)
         self._run.set_max_batch_size(self._settings.max_batch_size)
         self._run.set_batch_wait_timeout_s(self._settings.batch_wait_timeout_s)
 
@@ -149,14 +153,19 @@ class ImageScorer:
         # Time that is left, not a time of day: the clocks of two nodes differ.
         return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
 
-    @serve.batch(batch_size_fn=_num_images)
+    # Serve's own bound of batches that run is fixed when the class is made; `_room` is that of the settings.
+    @serve.batch(batch_size_fn=_num_images, max_concurrent_batches=_MANY)
     async def _run(self, calls: list[ScoreCall]) -> Sequence[ImageScores | None]:
+        async with self._room:
+            return await self._score_together(calls)
+
+    async def _score_together(self, calls: list[ScoreCall]) -> list[ImageScores | None]:
         logic, now = self._loaded(), time.monotonic()
         todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
         answers: list[ImageScores | None] = [None] * len(calls)
         if todo:
             batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, batch)
+            scores = await asyncio.get_running_loop().run_in_executor(self._threads, logic.score, batch)
             start = 0
             for index in todo:
                 end = start + len(calls[index].images)
@@ -169,7 +178,7 @@ class ImageScorer:
         logic = self._loaded()
         if not logic.fits(image):
             return None
-        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.activation_map, image)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, logic.activation_map, image)
 
     async def describe(self) -> dict[str, Any]:
         return self._loaded().describe()

@@ -115,6 +115,7 @@ class ScorerNode:
             max_size=settings.max_batch_size,
             concurrency=settings.calls_under_way,
             patience_s=settings.patience_s,
+            enough=settings.enough_images,
             keep_cancelled=False,
         )
 

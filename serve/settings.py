@@ -72,12 +72,16 @@ class ScorerSettings(_Settings):
     )
     max_ongoing_requests: int = Field(128, ge=1)
     max_batch_size: int = Field(32, ge=1)
+    max_concurrent_batches: int = Field(
+        2, ge=1, description="that the engine runs side by side: many pictures at once use a second core, if it is idle"
+    )
     batch_wait_timeout_s: float = Field(
         0.0, ge=0, description="ingress replicas already send together what waits; a wait only adds to latency"
     )
     patience_s: float = Field(
         0.02, ge=0, description="how long a picture waits for the call before it to end, to share the next"
     )
+    enough_images: int = Field(12, ge=1, description="so many that wait are sent at once")
     upscale_delay_s: float = Field(10.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,7 @@ class SharedCalls(Generic[Item, Result]):
         max_items, max_size: bounds of one group; a group has at least one item.
         concurrency: most calls under way at a time.
         patience_s: how long an item waits for a call that is under way to end before another one is made for it.
+        enough: with items of this size together, no one waits for others to come.
         keep_cancelled: whether an item whose caller went away is handed on all the same. Otherwise it is dropped, and a
             call that nobody waits for any more is cancelled.
     """
@@ -41,6 +43,7 @@ class SharedCalls(Generic[Item, Result]):
         max_size: int = 32 * 2**20,
         concurrency: int = 1,
         patience_s: float = 0.0,
+        enough: float = math.inf,
         keep_cancelled: bool = True,
     ):
         self._call = call
@@ -49,6 +52,7 @@ class SharedCalls(Generic[Item, Result]):
         self._max_size = max_size
         self._concurrency = concurrency
         self._patience_s = patience_s
+        self._enough = enough
         self._keep_cancelled = keep_cancelled
         self._pending: deque[tuple[Item, asyncio.Future[Result], float]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,7 +75,7 @@ class SharedCalls(Generic[Item, Result]):
         if not self._pending or len(self._tasks) >= self._concurrency:
             return
         left = self._patience_s - self.oldest_wait_s() if self._tasks else 0.0
-        if left > 0:
+        if left > 0 and not self._has_enough():
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(left, self._on_timer, context=contextvars.Context())
         elif self._pending:
@@ -79,6 +83,14 @@ class SharedCalls(Generic[Item, Result]):
             task = asyncio.get_running_loop().create_task(self._drain(), context=contextvars.Context())
             self._tasks.add(task)
             task.add_done_callback(self._on_end)
+
+    def _has_enough(self) -> bool:
+        total = 0
+        for item, future, _ in self._pending:
+            total += self._size(item) if self._keep_cancelled or not future.done() else 0
+            if total >= self._enough:
+                return True
+        return False
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from benchmarks.load_generator import LoadGenerator, http_request
 from benchmarks.serving import closed_loops, form, generator, missing_or_repeated, read_images
 from benchmarks.serving_variants import peer
+from modeling.preprocessing import decode_image
 from store.database import open_store
 from tests.bundle_factory import served_bundle
 from tests.log_rows import prediction_row
@@ -94,3 +96,15 @@ def test_lost_and_repeated_predictions_are_found(tmp_path):
     store.close()
     assert missing_or_repeated(tmp_path, ["a"]) == {"answered": 1, "missing": 0, "repeated": 0}
     assert missing_or_repeated(tmp_path, ["a", "a", "c"]) == {"answered": 2, "missing": 1, "repeated": 1}
+
+
+def test_no_picture_is_sent_twice():
+    images = read_images(None)[:2]
+    load = generator("http://127.0.0.1:1", images)
+    sent = [load._take() for _ in range(300)]
+    assert len(set(sent)) == 300
+    for request, image in zip(sent, [images[1], images[0]] * 150, strict=True):
+        start = request.index(b"\xff\xd8")
+        picture, original = decode_image(request[start : start + len(image)]), decode_image(image)
+        assert picture.shape == original.shape
+        assert np.abs(picture.astype(int) - original).mean() < 3
