@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modeling.image_limits import QUALITY_NAMES as QUALITY_NAMES
 from store.database import Store, StoreUnavailableError, open_store
+from store.erasure import images_in_use
 from store.image_files import ImageFiles, image_suffix
 from store.spool import Spool
 from store.tables import now_us
@@ -125,15 +126,20 @@ class PredictionLog:
     def store(self) -> Store:
         return open_store(self.store_url)
 
-    def write(self, records: Sequence[PredictionRecord], images: Mapping[str, bytes]) -> int:
+    def write(
+        self, records: Sequence[PredictionRecord], images: Mapping[str, bytes], on_disk: Set[str] = frozenset()
+    ) -> int:
         """Puts images (stored bytes by hash) on disk, then all rows in one transaction; returns how many were new.
 
         Idempotent on record id and on (caller, idempotency key): the first row stays.
 
+        Args:
+            on_disk: which of the images `image_files.put_many` has written before; one that is gone is written again.
+
         Raises:
             StoreUnavailableError: nothing was promised; write again or spool.
         """
-        return self._write_rows([record.to_row() for record in records], images)
+        return self._write_rows([record.to_row() for record in records], images, on_disk)
 
     def spool_records(self, records: Sequence[PredictionRecord], images: Mapping[str, bytes]) -> None:
         """Puts records and images into the local spool, on disk when this returns.
@@ -154,6 +160,18 @@ class PredictionLog:
         assert self.store is not None
         return self.spool.replay(lambda rows, images: self._write_rows(rows, images))
 
+    def remove_unnamed(self, hashes: Collection[str]) -> int:
+        """Removes files of images that neither a prediction nor a submission names; returns how many.
+
+        Raises:
+            StoreUnavailableError: the store does not say which are named; none was removed.
+            OSError: a file cannot be removed.
+        """
+        with self.image_files.locked(exclusive=True):
+            with self.store.reading() as connection:
+                used = images_in_use(connection, hashes)
+            return sum(self.image_files.remove(name) for name in set(hashes) - used)
+
     def find_by_idempotency_key(self, caller: str, key: str) -> PredictionRecord | None:
         """The record this caller stored under this key, or None."""
         row = self.store.find_by_idempotency_key(caller, key)
@@ -163,12 +181,19 @@ class PredictionLog:
         """See `read_window`."""
         return read_window(self.store, start_us, end_us, role)
 
-    def _write_rows(self, rows: list[dict[str, Any]], images: Mapping[str, bytes]) -> int:
+    def _write_rows(
+        self, rows: list[dict[str, Any]], images: Mapping[str, bytes], on_disk: Set[str] = frozenset()
+    ) -> int:
         try:
             # Shared: an erasure may not remove a file between its writing and the row that needs it.
             with self.image_files.locked(exclusive=False):
-                hashes = self.image_files.put_many(images.values())
-                wrong = [given for given, real in zip(images, hashes, strict=True) if given != real]
+                missing = {
+                    name: data
+                    for name, data in images.items()
+                    if name not in on_disk or not self.image_files.exists(name, image_suffix(data))
+                }
+                hashes = self.image_files.put_many(missing.values())
+                wrong = [given for given, real in zip(missing, hashes, strict=True) if given != real]
                 if wrong:
                     raise ValueError(
                         f"image {wrong[0]} does not hash to its name; expected the SHA-256 of the stored bytes"

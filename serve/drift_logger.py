@@ -22,10 +22,14 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class LogEntry:
-    """What one HTTP request leaves in the log: its records, and their images (stored bytes by hash)."""
+    """What one HTTP request leaves in the log: its records, and their images (stored bytes by hash).
+
+    `on_disk`: which of the images were written already, and may have been removed since.
+    """
 
     records: tuple[PredictionRecord, ...]
     images: dict[str, bytes]
+    on_disk: frozenset[str] = frozenset()
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +71,8 @@ class DriftLoggerLogic:
 
     def _write(self, entries: Sequence[LogEntry]) -> None:
         images = {name: data for entry in entries for name, data in entry.images.items()}
-        self._log.write([record for entry in entries for record in entry.records], images)
+        records = [record for entry in entries for record in entry.records]
+        self._log.write(records, images, frozenset().union(*(entry.on_disk for entry in entries)))
 
     def _ack(self, entry: LogEntry) -> Ack:
         if all(record.idempotency_key is None for record in entry.records):

@@ -7,15 +7,20 @@ import contextvars
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
 from serve.drift_logger import Ack, LogEntry
 from serve.settings import DriftLoggerSettings
 from serve.shared_calls import SharedCalls
+from serve.staged_images import StagedImages
 
 # Serve's logger writes the replica's log file; in throughput mode it holds back what is below ERROR.
 logger = logging.getLogger("ray.serve")
+
+
+_STAGING_THREADS = 2
 
 
 class Sidecar(Protocol):
@@ -46,6 +51,7 @@ class DurableLog:
         self._settings = settings
         self._commits: SharedCalls[LogEntry, Ack] = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
         self._replay_task: asyncio.Task[None] | None = None
+        self._staging = ThreadPoolExecutor(_STAGING_THREADS, thread_name_prefix="staging")
         self.spooling = False
 
     async def write(self, entry: LogEntry) -> Ack:
@@ -55,6 +61,12 @@ class DurableLog:
             LogUnavailableError: they are nowhere.
         """
         return await self._commits.submit(entry)
+
+    def stage(self) -> StagedImages | None:
+        """Where a request with many pictures puts them before it has their rows; None where that is not safe."""
+        # No lock keeps removal and writing apart in a bucket: pictures of a failed request would be removed under the
+        # next one. And while the store is away, they go to the spool.
+        return StagedImages(self._log, self._staging) if self._log.image_files.local and not self.spooling else None
 
     async def find(self, caller: str, keys: list[str]) -> list[PredictionRecord | None]:
         """Stored records under these idempotency keys; none while the sidecar does not answer.

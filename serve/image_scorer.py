@@ -16,7 +16,6 @@ from modeling.bundle import load_bundle
 from modeling.engines import start_engine
 from serve.settings import ModelReference, ScorerSettings
 
-
 _MANY = 1024
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -29,6 +29,7 @@ from serve.served_model import ServedModel
 from serve.settings import IngressSettings, UploadLimits
 from serve.stage_clock import StageClock
 from serve.upload import read_dimensions, sniff_format
+from store.image_files import StoredImage
 
 logger = logging.getLogger("ray.serve")
 
@@ -131,12 +132,14 @@ class LesionScoring:
         deadline: float,
         clock: StageClock,
         patient: bool = False,
+        decoded: Callable[[Sequence[StoredImage]], None] | None = None,
     ) -> tuple[list[ScoredLesion], dict[int, ApiError]]:
         """Scores lesions, given by their place in the request; also which of them have no picture to score.
 
         Args:
             deadline: `time.monotonic()` after which nobody waits for the answer.
             patient: all are one patient's, and each is compared with the others.
+            decoded: is given what will be kept of the pictures, part by part, before they are scored.
 
         Raises:
             ModelsDifferError: ask again, with the model that is served then.
@@ -153,7 +156,7 @@ class LesionScoring:
 
         async def one(part: dict[int, LesionRequest]) -> list[ScoredLesion] | _Part | None:
             async with room:
-                scored = await self._score_part(part, errors, model, deadline, clock)
+                scored = await self._score_part(part, errors, model, deadline, clock, decoded)
             if scored is None or patient:
                 return scored
             records = [part[index].metadata for index in scored.images]
@@ -190,6 +193,7 @@ class LesionScoring:
         model: ServedModel,
         deadline: float,
         clock: StageClock,
+        decoded: Callable[[Sequence[StoredImage]], None] | None,
     ) -> _Part | None:
         images: dict[int, PreparedImage] = {}
         for index, result in zip(part, await self.prepare(list(part.values()), model), strict=True):
@@ -200,6 +204,8 @@ class LesionScoring:
         clock.end("decode")
         if not images:
             return None
+        if decoded is not None:
+            decoded([image.stored for image in images.values()])
         scores = await self.scorer.score(np.stack([image.pixels for image in images.values()]), deadline)
         clock.end("score")
         if scores is None or scores.digest != model.digest:

@@ -21,6 +21,7 @@ from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, Score
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings
 from serve.stage_clock import StageClock
+from serve.staged_images import StagedImages
 from store.image_files import StoredImage
 
 logger = logging.getLogger("ray.serve")
@@ -96,7 +97,15 @@ class PredictionService:
             ApiError: 503 when a node does not answer in time, or the records are on no disk; 409 when the model
                 compares no lesions of a patient.
         """
-        return await self._until_rolled_out(lambda model, deadline: self._attempt(requests, model, deadline, patient))
+        staged = self._log.stage() if len(requests) > 1 else None
+        try:
+            return await self._until_rolled_out(
+                lambda model, deadline: self._attempt(requests, model, deadline, patient, staged)
+            )
+        except BaseException:
+            if staged is not None:
+                staged.abandon()
+            raise
 
     async def _until_rolled_out(self, attempt: Callable[[ServedModel, float], Awaitable[Answer]]) -> Answer:
         """Makes an attempt with the model of the moment, again while the nodes hold different ones, until its time,
@@ -116,7 +125,12 @@ class PredictionService:
             raise self.unavailable(f"no answer within {self.settings.request_timeout_s:g} s") from error
 
     async def _attempt(
-        self, requests: Sequence[LesionRequest | ApiError], model: ServedModel, deadline: float, patient: bool
+        self,
+        requests: Sequence[LesionRequest | ApiError],
+        model: ServedModel,
+        deadline: float,
+        patient: bool,
+        staged: StagedImages | None,
     ) -> list[Outcome]:
         clock = StageClock()
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(requests) if isinstance(item, ApiError)}
@@ -132,11 +146,13 @@ class PredictionService:
                     if isinstance(image, ApiError)
                     else _same_or_conflict(request, image.stored.hash, record, record.stage_ms)
                 )
-        scored, errors = await self.scoring.score(todo, model, deadline, clock, patient) if todo else ([], {})
+        decoded = None if staged is None else staged.add
+        scored, errors = await self.scoring.score(todo, model, deadline, clock, patient, decoded) if todo else ([], {})
         outcomes |= errors
         if scored:
             records = [self._record(todo[lesion.index], lesion, model, clock) for lesion in scored]
-            entry = LogEntry(tuple(records), {lesion.image.stored.hash: lesion.image.stored.data for lesion in scored})
+            images = {lesion.image.stored.hash: lesion.image.stored.data for lesion in scored}
+            entry = LogEntry(tuple(records), images, frozenset() if staged is None else await staged.on_disk())
             stored = await self._write(entry)
             clock.end("log")
             stages = clock.stages()

@@ -163,7 +163,7 @@ class ImageFiles:
 
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
-        self._local = "://" not in self.url
+        self.local = "://" not in self.url
 
     def path(self, image_hash: str, suffix: str) -> str:
         return f"{self.url}/{image_hash[:2]}/{image_hash}{suffix}"
@@ -180,7 +180,7 @@ class ImageFiles:
             self.path(image_hash, suffix or image_suffix(data))
             for image_hash, data, suffix in zip(hashes, images, suffixes or [None] * len(images), strict=True)
         ]
-        write = _write_local if self._local else _write_remote
+        write = _write_local if self.local else _write_remote
         # Writers wait for the disk or the network, not for each other: 64 tiles take a third of the time in a row.
         folders = set().union(*self._side_by_side(write, paths, images))
         self._side_by_side(sync_folder, list(folders))
@@ -204,6 +204,14 @@ class ImageFiles:
         with fsspec.open(self.path(image_hash, suffix), "rb") as file:
             return file.read()
 
+    def exists(self, image_hash: str, suffix: str) -> bool:
+        """Whether this image is stored."""
+        path = self.path(image_hash, suffix)
+        if self.local:
+            return os.path.exists(path)
+        filesystem, remote = fsspec.core.url_to_fs(path)
+        return filesystem.exists(remote)
+
     def remove(self, image_hash: str) -> bool:
         """Removes an image, whatever its suffix, and what an interrupted write left of it; False where none was.
 
@@ -212,7 +220,7 @@ class ImageFiles:
         found = False
         for suffix in SUFFIXES:
             path = self.path(image_hash, suffix)
-            if self._local:
+            if self.local:
                 found |= _remove_local(Path(path))
             else:
                 filesystem, remote = fsspec.core.url_to_fs(path)
@@ -229,7 +237,7 @@ class ImageFiles:
         A URL has no lock: there, a picture that is uploaded again for another patient in the moment in which it is
         erased may lose its file.
         """
-        if not self._local:
+        if not self.local:
             yield
             return
         root = Path(self.url)
