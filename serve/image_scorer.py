@@ -16,6 +16,7 @@ from modeling.bundle import load_bundle
 from modeling.engines import start_engine
 from serve.settings import ModelReference, ScorerSettings
 
+# More batches than ever wait.
 _MANY = 1024
 
 
@@ -155,21 +156,21 @@ class ImageScorer:
     # Serve's own bound of batches that run is fixed when the class is made; `_room` is that of the settings.
     @serve.batch(batch_size_fn=_num_images, max_concurrent_batches=_MANY)
     async def _run(self, calls: list[ScoreCall]) -> Sequence[ImageScores | None]:
-        async with self._room:
-            return await self._score_together(calls)
+        return await self._score_together(calls)
 
     async def _score_together(self, calls: list[ScoreCall]) -> list[ImageScores | None]:
-        logic, now = self._loaded(), time.monotonic()
-        todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
         answers: list[ImageScores | None] = [None] * len(calls)
-        if todo:
-            batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
-            scores = await asyncio.get_running_loop().run_in_executor(self._threads, logic.score, batch)
-            start = 0
-            for index in todo:
-                end = start + len(calls[index].images)
-                answers[index] = scores[start:end]
-                start = end
+        async with self._room:
+            logic, now = self._loaded(), time.monotonic()
+            todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
+            if todo:
+                batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
+                scores = await asyncio.get_running_loop().run_in_executor(self._threads, logic.score, batch)
+                start = 0
+                for index in todo:
+                    end = start + len(calls[index].images)
+                    answers[index] = scores[start:end]
+                    start = end
         return answers
 
     async def explain(self, image: np.ndarray) -> ActivationMap | None:

@@ -145,11 +145,12 @@ class LesionScoring:
             ModelsDifferError: ask again, with the model that is served then.
             ApiError: a node does not answer, or 409: the model compares no lesions of a patient.
         """
-        # Parts, so that the network already runs while the next pictures are decoded; the first is the shortest.
+        # Parts, so that the network already runs while the next pictures are decoded; the first ones are short, or it
+        # would wait for the second.
         order, parts, size = list(requests), [], min(_FIRST_PART_IMAGES, self._part_images)
         while order:
             parts.append({index: requests[index] for index in order[:size]})
-            order, size = order[size:], self._part_images
+            order, size = order[size:], min(2 * size, self._part_images)
         # One large request must not fill the queue in front of all others: its parts come as the first ones leave.
         room = asyncio.Semaphore(_PARTS_UNDER_WAY)
         errors: dict[int, ApiError] = {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from modeling.bundle import load_bundle
 from modeling.engine_interface import EngineOutput
-from serve.image_scorer import ImageScorerLogic
+from serve.image_scorer import ImageScorer, ImageScorerLogic, ImageScores, ScoreCall
+from serve.settings import ScorerSettings
 from tests.bundle_factory import lesion_rule, served_bundle
 from tests.tiny_bundle import EMBEDDING_DIM, SIZE, expected_outputs
 
@@ -69,3 +73,35 @@ def test_a_bundle_that_was_changed_is_refused(reference, tmp_path):
         ImageScorerLogic(reference.model_copy(update={"bundle_uri": other.bundle_uri}), max_batch_size=4)
     with pytest.raises(ValueError, match="unknown engine"):
         ImageScorerLogic(reference.model_copy(update={"engine": {"engine": "abacus"}}), max_batch_size=4)
+
+
+def test_as_many_batches_run_side_by_side_as_the_settings_say(reference):
+    together, most = 0, 0
+    lock, both = threading.Lock(), threading.Barrier(2)
+
+    class Engine:
+        digest = "d"
+
+        def fits(self, images):
+            return True
+
+        def score(self, images):
+            nonlocal together, most
+            with lock:
+                together += 1
+                most = max(most, together)
+            # Breaks, and fails the call, unless a second batch comes to run beside this one.
+            both.wait(10)
+            with lock:
+                together -= 1
+            return ImageScores("d", np.zeros((len(images), 2), np.float32), np.zeros((len(images), 64), np.float32))
+
+    async def scenario():
+        scorer = ImageScorer(ScorerSettings(max_concurrent_batches=2, max_batch_size=4).model_dump())
+        scorer._logic = Engine()
+        call = ScoreCall(np.zeros((4, 8, 8, 3), np.uint8), time.monotonic() + 30)
+        for (scores,) in await asyncio.gather(*(scorer._score_together([call]) for _ in range(6))):
+            assert scores.log_probabilities.shape == (4, 2)
+
+    asyncio.run(scenario())
+    assert most == 2

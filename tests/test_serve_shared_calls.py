@@ -251,3 +251,22 @@ def test_what_does_not_fit_into_a_call_gets_the_next_when_it_has_waited_long_eno
         assert await asyncio.gather(*tasks) == [f"done {item}" for item in range(8)]
 
     asyncio.run(scenario())
+
+
+def test_items_that_are_enough_for_a_call_wait_for_no_others():
+    async def scenario():
+        call = Slow()
+        shared = SharedCalls(call, size=lambda item: item, concurrency=2, patience_s=60, enough=8)
+        tasks = [asyncio.create_task(shared.submit(1))]
+        await started(*tasks)
+        tasks += [asyncio.create_task(shared.submit(item)) for item in (5, 2)]
+        await started(*tasks)
+        assert call.groups == [[1]], "7 together wait for the call under way, or for more"
+        tasks.append(asyncio.create_task(shared.submit(1)))
+        await started(*tasks)
+        assert call.groups == [[1], [5, 2, 1]]
+        call.permits.release()
+        call.permits.release()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
