@@ -105,3 +105,37 @@ def test_as_many_batches_run_side_by_side_as_the_settings_say(reference):
 
     asyncio.run(scenario())
     assert most == 2
+
+
+def test_pictures_whose_callers_gave_up_while_they_waited_are_not_looked_at(reference):
+    scored, go_on = [], threading.Event()
+
+    class Engine:
+        digest = "d"
+
+        def fits(self, images):
+            return True
+
+        def score(self, images):
+            scored.append(len(images))
+            assert go_on.wait(10)
+            return ImageScores("d", np.zeros((len(images), 2), np.float32), np.zeros((len(images), 64), np.float32))
+
+    async def scenario():
+        scorer = ImageScorer(ScorerSettings(max_concurrent_batches=1).model_dump())
+        scorer._logic = Engine()
+        image = np.zeros((1, 8, 8, 3), np.uint8)
+        deadline = time.monotonic() + 0.1
+        first = asyncio.create_task(scorer._score_together([ScoreCall(image, deadline + 30)]))
+        second = asyncio.create_task(
+            scorer._score_together([ScoreCall(image, deadline), ScoreCall(image.repeat(2, axis=0), deadline + 30)])
+        )
+        while time.monotonic() <= deadline:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert (await first)[0] is not None
+        gone, waiting = await second
+        assert gone is None and len(waiting.log_probabilities) == 2
+
+    asyncio.run(scenario())
+    assert scored == [1, 2]
