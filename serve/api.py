@@ -46,7 +46,7 @@ _MODEL_CARD = {
     "engine": "onnxruntime",
     "engine_fallback": None,
     "abstention": None,
-    "limits": {"max_image_bytes": 20971520, "max_pixels": 50000000, "max_batch_images": 256},
+    "limits": {"max_image_bytes": 20971520, "max_pixels": 50000000, "max_batch_images": 1000},
     "notice": "Not a medical device.",
 }
 

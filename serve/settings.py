@@ -28,7 +28,7 @@ class UploadLimits(_Settings):
 
     max_image_bytes: int = Field(20 * 2**20, ge=1024, description="one image file")
     max_pixels: int = Field(50_000_000, ge=64, description="width x height, read from the image's header")
-    max_batch_images: int = Field(256, ge=1, description="images of one /v1/predict/batch request")
+    max_batch_images: int = Field(1000, ge=1, le=1000, description="images of one request; its parser takes no more")
     max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="body of one /v1/predict/batch request")
     max_batch_pixels: int = Field(200_000_000, ge=64, description="all images of one /v1/predict/batch request")
 

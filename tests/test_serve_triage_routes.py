@@ -11,6 +11,7 @@ from modeling.bundle import load_bundle
 from serve.lesion import prepare
 from serve.settings import UploadLimits
 from tests.bundle_factory import LocalFusion, LocalScorer, blank_image, lesion_image, lesion_rule
+from tests.local_service import LocalService
 from tests.test_serve_ingress import Served, problem
 from tests.tiny_bundle import SIZE, tiny_bundle
 
@@ -137,3 +138,15 @@ def test_a_patient_must_be_named_and_a_model_without_comparison_says_so(served, 
         answer = triage(other, pictures(2))
         problem(answer, 409, "compares no lesions")
         assert other.rows() == []
+
+
+def test_a_thousand_tiles_of_one_patient_are_one_request(reference, dermray_home):
+    served = LocalService(reference, dermray_home)
+    tiles = [lesion_image(seed) for seed in range(20)]
+    with served.client:
+        answer = triage(served, tiles * 50).json()
+        assert sorted(lesion["index"] for lesion in answer["lesions"]) == list(range(1000))
+        assert [lesion["rank"] for lesion in answer["lesions"]][0] == 1
+        assert len(served.rows()) == 1000 and len(served.image_files()) == 20
+        refused = triage(served, [*tiles * 50, tiles[0]])
+        assert refused.status_code == 400 and "1000" in refused.json()["detail"]
