@@ -155,7 +155,7 @@ class AdmissionGuard:
         try:
             body = await self.bodies.read(receive, expected)
         except HTTPException as error:
-            # Too slow, or too long, as the middleware around this one says.
+            # Cut off, or too slow or too long, as the middleware around this one says.
             await http_problem_response(error)(scope, receive, send)
             return
         except ApiError as refusal:
@@ -163,9 +163,6 @@ class AdmissionGuard:
             if not await drain(receive):
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
-            return
-        if body is None:
-            # The client went away.
             return
         await self._let_in(body, scope, receive, send)
 

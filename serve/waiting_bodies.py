@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from serve.errors import ApiError
@@ -74,14 +75,15 @@ class WaitingBodies:
         self.num_uploads = 0
         self.num_bytes = 0
 
-    async def read(self, receive: Receive, expected: int) -> Body | None:
-        """Reads a body to its end; None when the client went away. `release` must follow.
+    async def read(self, receive: Receive, expected: int) -> Body:
+        """Reads a body to its end; `release` must follow.
 
         Args:
             expected: how long it is, or the longest that it may be, bytes.
 
         Raises:
             ApiError: 503, there is no room for it; the body was not read to its end.
+            HTTPException: 400, the client went away; what `receive` raises.
         """
         if self.num_uploads >= self._settings.max_uploads:
             raise self._refusal(f"{self.num_uploads} bodies are on their way already (max_uploads)")
@@ -89,32 +91,29 @@ class WaitingBodies:
         body = Body()
         self.num_uploads += 1
         try:
-            whole = await self._read_into(body, receive)
+            await self._read_into(body, receive)
         except BaseException:
             self.release(body)
             raise
         finally:
             self.num_uploads -= 1
-        if whole:
-            return body
-        self.release(body)
-        return None
+        return body
 
     def release(self, body: Body) -> None:
         """The request is inside, or has been refused."""
         self.num_bytes -= body.num_bytes
 
-    async def _read_into(self, body: Body, receive: Receive) -> bool:
+    async def _read_into(self, body: Body, receive: Receive) -> None:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return False
+                raise HTTPException(400, "request body: the connection ended before it")
             data = message.get("body", b"")
             body.add(data)
             self.num_bytes += len(data)
             if not message.get("more_body", False):
                 body.end()
-                return True
+                return
             self._check_room(body.num_bytes, others=self.num_bytes - body.num_bytes)
 
     def _check_room(self, num_bytes: int, others: int) -> None:
