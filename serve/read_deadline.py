@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class ReadDeadline:
     """Ends a request whose body pauses, or comes in a trickle: 408 with {error, detail}, and the connection is closed.
 
-    HAProxy streams bodies through and, unless `RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S` says otherwise, waits an hour for
-    the next byte; uvicorn and Serve wait for ever. Only time spent waiting for the client counts, so that a busy
-    service blames nobody else.
+    Nobody else ends it: HAProxy streams bodies through and waits for the next byte as long as
+    `RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S` says (an hour by default), uvicorn and Serve for ever. Only time spent waiting
+    for the client counts, so that a busy service blames nobody else.
 
     Args:
         max_pause_s: longest wait for the next piece of a body.

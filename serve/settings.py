@@ -31,9 +31,9 @@ class UploadLimits(_Settings):
     max_batch_images: int = Field(256, ge=1, description="images of one /v1/predict/batch request")
     max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="body of one /v1/predict/batch request")
     max_batch_pixels: int = Field(200_000_000, ge=64, description="all images of one /v1/predict/batch request")
-    max_pause_s: int = Field(10, ge=1, le=3600, description="longest wait for the next piece of any body; then 408")
+    max_pause_s: int = Field(10, ge=1, le=3600, description="longest wait for the next piece of a body; then 408")
     min_bytes_per_s: int = Field(
-        16 * 2**10, ge=1, le=2**30, description="average rate of any body after the first max_pause_s; below it 408"
+        16 * 2**10, ge=1, le=2**30, description="average rate of a body after the first max_pause_s; below it 408"
     )
 
 
