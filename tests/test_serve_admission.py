@@ -335,7 +335,7 @@ def test_who_has_waited_long_enough_is_let_in_if_the_door_is_open_then():
     asyncio.run(scenario())
 
 
-def test_someone_looks_only_while_there_is_a_line_and_not_all_the_time():
+def test_someone_looks_only_while_there_is_a_line_and_not_all_the_time(monkeypatch):
     async def scenario():
         house = House(**LONG)
         inside, waits = await closed(house)
@@ -345,10 +345,17 @@ def test_someone_looks_only_while_there_is_a_line_and_not_all_the_time():
         assert 1 <= house.looks - before <= passed / 0.05 + 1
         waits.cancel()
         await asyncio.gather(waits, return_exceptions=True)
-        # The last look finds nobody.
-        before = house.looks
+        loop = asyncio.get_running_loop()
+        call_later, later = loop.call_later, []
+
+        def noted(delay, callback, *arguments, **options):
+            later.append(callback)
+            return call_later(delay, callback, *arguments, **options)
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        # The look that was planned finds nobody.
         await asyncio.sleep(0.2)
-        assert house.looks == before
+        assert [callback for callback in later if getattr(callback, "__self__", None) is house.admission] == []
         house.leave.set()
         await inside
 

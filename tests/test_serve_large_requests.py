@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from serve import large_requests
 from serve.errors import ApiError
 from serve.image_scorer import ImageScores
-from serve.large_requests import LargeRequests
+from serve.large_requests import LargeRequests, ScoringRate
 from serve.lesion import LesionRequest
 from serve.lesion_scoring import LesionScoring
 from serve.metadata_fusion import FusedRisks
@@ -148,12 +149,32 @@ def test_what_became_too_late_while_it_waited_is_not_begun():
 
 def test_one_that_finds_nobody_is_tried_whatever_the_rate_was():
     async def scenario():
-        network = Network(rate=10)
+        network = Network(rate=5)
         await network.run(network.start("slow", 256, limit_s=60))
         network.rate = 1000
         assert await network.run(network.start("quick", 256)) == pytest.approx([0.3], abs=0.2)
 
     asyncio.run(scenario())
+
+
+def test_the_rate_stays_while_nobody_is_scored_until_it_is_forgotten():
+    now = 0.0
+    rate = ScoringRate(lambda: now)
+    rate.begin()
+    for _ in range(30):
+        now += 0.1
+        rate.add(10)
+    rate.end()
+    known = rate.per_s()
+    assert known == pytest.approx(100, rel=0.1)
+    now += 30
+    assert rate.per_s() == known
+    rate.begin()
+    assert rate.per_s() == known
+    rate.end()
+    now += 61
+    rate.begin()
+    assert rate.per_s() is None
 
 
 def test_time_without_large_requests_says_nothing_about_the_rate():
@@ -206,17 +227,20 @@ def test_requests_that_break_off_leave_their_turn_to_the_next():
 class Nodes:
     """The scorer and the fusion node of `LesionScoring`, and which requests had pictures at the network together."""
 
-    def __init__(self):
+    def __init__(self, seconds: float = 0.001):
+        self.seconds = seconds
         self.now = {}
         self.most = 0
         self.order = []
+        self.calls = 0
 
     async def score(self, images, deadline):
+        self.calls += 1
         if deadline not in self.order:
             self.order.append(deadline)
         self.now[deadline] = self.now.get(deadline, 0) + 1
         self.most = max(self.most, sum(count > 0 for count in self.now.values()))
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.seconds)
         self.now[deadline] -= 1
         ones = np.zeros((len(images), 2), np.float32)
         return ImageScores("digest", ones, ones)
@@ -246,5 +270,26 @@ def test_the_pictures_of_two_large_requests_and_no_more_are_at_the_network():
         )
         assert nodes.order.index(began + 2003) < nodes.order.index(began + 2002)
         assert nodes.order.index(began + 2004) < nodes.order.index(began + 2002)
+
+    asyncio.run(scenario())
+
+
+def test_the_rate_of_one_request_refuses_the_next_that_could_not_end_in_time(monkeypatch):
+    monkeypatch.setattr(large_requests, "_ENOUGH_S", 0.01)
+
+    async def scenario():
+        nodes = Nodes(seconds=0.02)
+        scoring = LesionScoring(nodes, nodes, UploadLimits(), IngressSettings(), max_batch_size=4)
+        model = SimpleNamespace(digest="digest", input_size=32, abstention=None)
+        lesions = {index: LesionRequest(lesion_image()) for index in range(100)}
+        later = time.monotonic() + 1000
+        first = asyncio.create_task(scoring.score(lesions, model, later, StageClock()))
+        while nodes.calls < 10:
+            await asyncio.sleep(0.005)
+        soon = time.monotonic() + 0.02
+        with pytest.raises(ApiError, match="100 pictures"):
+            await scoring.score(lesions, model, soon, StageClock())
+        assert soon not in nodes.order
+        assert len((await first)[0]) == 100
 
     asyncio.run(scenario())

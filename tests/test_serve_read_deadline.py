@@ -57,8 +57,8 @@ async def read(chunks, max_pause_s, min_bytes_per_s, between=0.0):
         ([(0.02, 200)] * 20, 4000),
         # A trickle, none of whose pauses is too long, is cut off at 0.2 s and not at the length that it announced.
         ([(0.02, 1)] * 1000, 408),
-        # Fast at first: the rate would allow a second, one pause is too long.
-        ([(0, 1000), (60, 1)], 408),
+        # Fast at first: the rate would allow ten seconds, one pause is too long.
+        ([(0, 10_000), (60, 1)], 408),
         ([(60, 1)], 408),
     ],
 )
