@@ -50,6 +50,9 @@ def head_environment(
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # How long it keeps the connection of a client that sends nothing more; an hour otherwise. It is above
+        # limits.max_pause_s, so that the service answers 408 first, and does not hold while an answer is awaited.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         "AUTOSCALER_METRIC_PORT": str(block[12]),
         "DASHBOARD_METRIC_PORT": str(block[13]),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(proxy / "haproxy"),

@@ -3,23 +3,29 @@
 So many requests are inside as keep the network busy; the others wait outside, unparsed, in the order in which they
 came, for a moment that a person would hardly notice, and are refused after it. A refusal is held back: users that come
 back at once would otherwise take the CPU from those who are inside (300 users on two cores: 590 refusals a second left
-119 answers a second of 188). Behind HAProxy, Serve has read a waiting request's body into memory already; `max_bytes`
-counts the bodies of those inside only.
+119 answers a second of 188). A body is read outside, so that a place is taken only by what can be worked on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.errors import ApiError, unavailable
-from serve.http_errors import problem_response
+from serve.http_errors import http_problem_response, problem_response
 from serve.middleware import drain
 from serve.settings import AdmissionSettings
+from serve.waiting_bodies import Body, WaitingBodies
+
+# The door may open while nobody leaves, since the picture that is next was sent to the network. Nobody tells, so
+# somebody has to look, as long as there is a line.
+_LOOK_S = 0.05
 
 
 class Admission:
@@ -35,6 +41,7 @@ class Admission:
         self._oldest_wait_s = oldest_wait_s
         self._retry_after_s = retry_after_s
         self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._held = 0
         self.num_requests = 0
         self.num_bytes = 0
@@ -46,16 +53,17 @@ class Admission:
         Raises:
             ApiError: 503, it may not.
         """
+        self._call_next()
         if not self._line and self._has_room(num_bytes):
             self._let_in(num_bytes)
             return
         if self._held >= self._settings.max_waiting:
-            raise self._refusal(f"{self._held} requests wait already (max_waiting)")
+            raise self.refusal(f"{self._held} requests wait already (max_waiting)")
         self._held += 1
         try:
             if not await self._wait_for_turn(num_bytes):
                 await asyncio.sleep(max(0.0, self._settings.refuse_after_s - self._settings.patience_s))
-                raise self._refusal(f"no place in {self._settings.patience_s:g} s")
+                raise self.refusal(f"no place in {self._settings.patience_s:g} s")
         finally:
             self._held -= 1
 
@@ -65,12 +73,19 @@ class Admission:
         self.num_bytes -= num_bytes
         self._call_next()
 
+    def refusal(self, reason: str) -> ApiError:
+        """Counts a refusal, and gives the 503 for it."""
+        self.num_refused += 1
+        return unavailable(f"the service is full: {reason}", self._retry_after_s)
+
     async def _wait_for_turn(self, num_bytes: int) -> bool:
         place = (num_bytes, asyncio.get_running_loop().create_future())
         self._line.append(place)
+        self._look_again()
         try:
             await asyncio.wait_for(asyncio.shield(place[1]), self._settings.patience_s)
         except BaseException as error:
+            self._call_next()
             if place[1].done():
                 # Called in the moment in which it gave up: the place goes to the next one.
                 if isinstance(error, TimeoutError):
@@ -91,6 +106,17 @@ class Admission:
             self._let_in(num_bytes)
             turn.set_result(None)
 
+    def _look_again(self) -> None:
+        if self._line and self._timer is None:
+            # An empty context, or what Serve knows of the first request in the line would go along with every look.
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_LOOK_S, self._on_timer, context=contextvars.Context())
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._call_next()
+        self._look_again()
+
     def _has_room(self, num_bytes: int) -> bool:
         settings = self._settings
         # A request that is alone is let in whatever its size: the limits of its route hold it.
@@ -104,38 +130,51 @@ class Admission:
         self.num_requests += 1
         self.num_bytes += num_bytes
 
-    def _refusal(self, reason: str) -> ApiError:
-        self.num_refused += 1
-        return unavailable(f"the service is full: {reason}", self._retry_after_s)
-
 
 class AdmissionGuard:
-    """Asks `Admission` before the application reads the body of a request that needs the network.
+    """Reads the body of a request that needs the network, and asks `Admission` before the application parses it.
 
     Args:
-        paths: of the routes that do; every other route is let in.
-        largest_body: what a request weighs that does not announce its length, bytes.
+        largest: body of each route that needs the network, by path; every other route is let in. It is what a request
+            weighs that does not announce its length, until it has come.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission, paths: Collection[str], largest_body: int):
+    def __init__(self, app: ASGIApp, admission: Admission, bodies: WaitingBodies, largest: Mapping[str, int]):
         self.app = app
         self.admission = admission
-        self.paths = frozenset(paths)
-        self.largest_body = largest_body
+        self.bodies = bodies
+        self.largest = dict(largest)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in self.paths or scope["method"] != "POST":
+        largest = self.largest.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if largest is None:
             await self.app(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "")
-        num_bytes = min(int(announced), self.largest_body) if announced.isdecimal() else self.largest_body
+        expected = min(int(announced), largest) if announced.isdecimal() else largest
         try:
-            await self.admission.enter(num_bytes)
+            body = await self.bodies.read(receive, expected)
+        except HTTPException as error:
+            # Cut off, or too slow or too long, as the middleware around this one says.
+            await http_problem_response(error)(scope, receive, send)
+            return
         except ApiError as refusal:
-            await drain(receive)
+            response = problem_response(refusal)
+            if not await drain(receive):
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        await self._let_in(body, scope, receive, send)
+
+    async def _let_in(self, body: Body, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.admission.enter(body.num_bytes)
+        except ApiError as refusal:
             await problem_response(refusal)(scope, receive, send)
             return
-        try:
-            await self.app(scope, receive, send)
         finally:
-            self.admission.leave(num_bytes)
+            self.bodies.release(body)
+        try:
+            await self.app(scope, body.replayed(receive), send)
+        finally:
+            self.admission.leave(body.num_bytes)

@@ -143,6 +143,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}
     for status, description in {
         400: "the request is not a well-formed form",
+        408: "the body came too slowly (max_pause_s, min_bytes_per_s in the limits of /v1/model)",
         413: "the body, an image file or its number of pixels is over the limit",
         415: "the upload is not a JPEG, PNG or WebP file",
         422: "a field is missing, malformed or out of range, or the picture does not decode",

@@ -23,7 +23,7 @@ _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def add_candidate_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -> None:
     """`GET /v1/candidates` and `POST /v1/candidates/{version}/approve`."""
     records = StoreCalls(log, retry_after_s)
-    bad = {status: PROBLEMS[status] for status in (400, 413, 422)}
+    bad = {status: PROBLEMS[status] for status in (400, 408, 413, 422)}
     decided = {
         status: {"model": Problem, "description": description}
         for status, description in {404: "no such candidate", 409: "the candidate was promoted or rejected"}.items()

@@ -43,8 +43,8 @@ Result = TypeVar("Result")
 class DermrayClient:
     """Calls every route; for many threads at a time.
 
-    Every method raises RefusedError (4xx; ConflictError for 409), UnavailableError (429, 502 to 504, no answer, or none
-    in time) or another DermrayError. Pictures are paths, bytes or binary files; `metadata` has the fields that
+    Every method raises RefusedError (4xx; ConflictError for 409), UnavailableError (408, 429, 502 to 504, no answer, or
+    none in time) or another DermrayError. Pictures are paths, bytes or binary files; `metadata` has the fields that
     `model().metadata_fields` lists.
 
     A request that failed is sent again where that is safe: reading always; scoring and submitting under one

@@ -41,12 +41,12 @@ class ConflictError(RefusedError):
 
 
 class UnavailableError(DermrayError):
-    """No answer in time: 429, 502, 503, 504, or a broken connection (`status` None). The same request may succeed
-    later."""
+    """No answer in time: 408, 429, 502, 503, 504, or a broken connection (`status` None). The same request may
+    succeed later."""
 
 
 # 502 and 504 are what the proxy before the service says when a replica ends under a request.
-RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 
 
 def error_of(response: httpx.Response) -> DermrayError:

@@ -136,8 +136,8 @@ def exchange(call: Call[Result], policy: RetryPolicy, timeout_s: float) -> Steps
             error = error_of(response)
             if response.status_code not in RETRIED_STATUSES:
                 raise error
-            # Refused for their number, requests are not looked at.
-            again = again or response.status_code == 429
+            # Refused for their number, requests are not looked at; cut off in the middle, they are not begun.
+            again = again or response.status_code in (408, 429)
         if call.once or not again or attempt >= policy.attempts:
             raise error
         left = deadline - policy.clock()

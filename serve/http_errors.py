@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from serve.api import Problem
 from serve.errors import ApiError, invalid_field
 
-_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "too_large"}
 
 
 def problem_response(error: ApiError) -> JSONResponse:
@@ -35,10 +35,11 @@ def _name(text: str) -> str:
     return (text if text.isprintable() else repr(text))[:60]
 
 
-def _http_problem(error: HTTPException) -> JSONResponse:
+def http_problem_response(error: HTTPException) -> JSONResponse:
+    """The answer that an `HTTPException` of FastAPI, Starlette or our middleware stands for."""
     code = _CODES.get(error.status_code, "http_error")
     response = problem_response(ApiError(error.status_code, code, str(error.detail)))
-    # Of a 405: Allow.
+    # Of a 405: Allow. Of a 408: Connection.
     response.headers.update(error.headers or {})
     return response
 
@@ -47,7 +48,7 @@ def add_error_handlers(api: FastAPI) -> None:
     """One error shape for the whole application."""
     api.add_exception_handler(ApiError, lambda _, error: problem_response(error))
     api.add_exception_handler(RequestValidationError, lambda _, error: problem_response(_validation_problem(error)))
-    api.add_exception_handler(HTTPException, lambda _, error: _http_problem(error))
+    api.add_exception_handler(HTTPException, lambda _, error: http_problem_response(error))
     # Its text may quote a patient's data; the log has it.
     internal = ApiError(500, "internal_error", "the service failed on this request; its log says why")
     api.add_exception_handler(Exception, lambda *_: problem_response(internal))

@@ -33,6 +33,7 @@ from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
+from serve.read_deadline import ReadDeadline
 from serve.record_routes import add_record_routes
 from serve.records import RecordService
 from serve.retrain_routes import add_retrain_routes
@@ -43,6 +44,7 @@ from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
 from serve.triage_routes import add_triage_routes
+from serve.waiting_bodies import WaitingBodies
 from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
 
@@ -101,16 +103,14 @@ def build_api(backend: Backend) -> FastAPI:
         "/v1/explain": limits.max_image_bytes,
         "/v1/submissions": limits.max_image_bytes,
     }
+    largest = {path: limit + _FORM_BYTES for path, limit in bodies.items()}
+    admission = Admission(service.settings.admission, service.oldest_wait_s, retry_after_s)
+    waiting = WaitingBodies(service.settings.admission, admission.refusal)
     api.add_middleware(WholeForm)
-    api.add_middleware(
-        BodyLimit, limits={path: limit + _FORM_BYTES for path, limit in bodies.items()}, default=_FORM_BYTES
-    )
-    api.add_middleware(
-        AdmissionGuard,
-        admission=Admission(service.settings.admission, service.oldest_wait_s, retry_after_s),
-        paths=bodies,
-        largest_body=limits.max_batch_bytes + _FORM_BYTES,
-    )
+    api.add_middleware(AdmissionGuard, admission=admission, bodies=waiting, largest=largest)
+    # Around the guard, which reads bodies: they are bounded in length and in time from the first byte on.
+    api.add_middleware(BodyLimit, limits=largest, default=_FORM_BYTES)
+    api.add_middleware(ReadDeadline, max_pause_s=limits.max_pause_s, min_bytes_per_s=limits.min_bytes_per_s)
     if keys is not None:
         api.add_middleware(AccessGuard, keys=keys, buckets=backend.buckets)
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)

@@ -23,6 +23,7 @@ from serve.explanation import (
     weight_of_evidence,
 )
 from serve.image_scorer import ActivationMap, ImageScores
+from serve.large_requests import LargeRequests
 from serve.lesion import LesionRequest, PreparedImage, prepare_or_error
 from serve.metadata_fusion import FusedRisk, FusedRisks
 from serve.served_model import ServedModel
@@ -123,6 +124,7 @@ class LesionScoring:
         self.limits = limits
         self.settings = settings
         self._part_images = min(PART_IMAGES, max_batch_size)
+        self._large = LargeRequests(settings.large_requests, self._part_images, settings.retry_after_s)
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
 
     async def score(
@@ -143,7 +145,8 @@ class LesionScoring:
 
         Raises:
             ModelsDifferError: ask again, with the model that is served then.
-            ApiError: a node does not answer, or 409: the model compares no lesions of a patient.
+            ApiError: a node does not answer, 503: there are too many large requests, or 409: the model compares no
+                lesions of a patient.
         """
         # Parts, so that the network already runs while the next pictures are decoded; the first ones are short, or it
         # would wait for the second.
@@ -158,13 +161,15 @@ class LesionScoring:
         async def one(part: dict[int, LesionRequest]) -> list[ScoredLesion] | _Part | None:
             async with room:
                 scored = await self._score_part(part, errors, model, deadline, clock, decoded)
+            turn.scored(len(part))
             if scored is None or patient:
                 return scored
             records = [part[index].metadata for index in scored.images]
             fused = await self.fusion.fuse(scored.scores.log_probabilities, records)
             return _answers(scored, self._checked(fused, model, clock).risks)
 
-        done = [part for part in await gather_or_cancel([one(part) for part in parts]) if part is not None]
+        async with self._large.turn(len(requests), deadline) as turn:
+            done = [part for part in await gather_or_cancel([one(part) for part in parts]) if part is not None]
         if not patient:
             return [lesion for part in done for lesion in part], errors
         return await self._compare(done, requests, model, clock), errors

@@ -17,7 +17,12 @@ NOT_FOUND = {"model": Problem, "description": "nothing is stored under this id, 
 UNAVAILABLE = {"model": Problem, "description": "the store does not answer; send the same request after Retry-After"}
 READ_PROBLEMS: dict[int | str, dict[str, Any]] = {422: PROBLEMS[422], 503: UNAVAILABLE}
 ITEM_PROBLEMS: dict[int | str, dict[str, Any]] = {404: NOT_FOUND, **READ_PROBLEMS}
-BODY_PROBLEMS: dict[int | str, dict[str, Any]] = {400: BAD_JSON, 413: PROBLEMS[413], **ITEM_PROBLEMS}
+BODY_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: BAD_JSON,
+    408: PROBLEMS[408],
+    413: PROBLEMS[413],
+    **ITEM_PROBLEMS,
+}
 
 Cursor = Annotated[str | None, Field(description="next_cursor of the page before; none: the newest")]
 Limit = Annotated[int, Field(ge=1, le=200, description="items per page")]

@@ -31,10 +31,17 @@ class UploadLimits(_Settings):
     max_batch_images: int = Field(1000, ge=1, le=1000, description="images of one request; its parser takes no more")
     max_batch_bytes: int = Field(64 * 2**20, ge=1024, description="body of one /v1/predict/batch request")
     max_batch_pixels: int = Field(200_000_000, ge=64, description="all images of one /v1/predict/batch request")
+    max_pause_s: int = Field(10, ge=1, le=3600, description="longest wait for the next piece of a body; then 408")
+    min_bytes_per_s: int = Field(
+        16 * 2**10, ge=1, le=2**30, description="average rate of a body after the first max_pause_s; below it 408"
+    )
 
 
 class AdmissionSettings(_Settings):
-    """How many requests that need the network are inside an HTTP node's replica, and how long others wait outside."""
+    """How many requests that need the network are inside an HTTP node's replica, and how long others wait outside.
+
+    A body is read outside, so that no slow client holds a place.
+    """
 
     max_requests: int = Field(64, ge=1, description="inside at a time: twice what the network takes in a batch")
     max_bytes: int = Field(512 * 2**20, ge=2**20, description="their bodies together; four times that is in memory")
@@ -42,6 +49,25 @@ class AdmissionSettings(_Settings):
     patience_s: float = Field(0.4, gt=0, description="how long a request waits outside before it is refused with 503")
     refuse_after_s: float = Field(1.0, ge=0, description="when the refusal is sent, from its arrival on")
     max_waiting: int = Field(1000, ge=0, description="waiting outside; above it a refusal is sent at once")
+    max_uploads: int = Field(512, ge=1, description="bodies on their way; above it a refusal is sent at once")
+    max_waiting_bytes: int = Field(
+        512 * 2**20, ge=2**20, description="bodies outside, as far as they came; above it a refusal is sent at once"
+    )
+
+
+class LargeRequestSettings(_Settings):
+    """Requests of many pictures (more than the scorer's `max_batch_size`, or 16): so many score at a time.
+
+    The others wait in the order in which they came; all at once, each would get a share of the network that is too
+    small to end in time.
+    """
+
+    at_a_time: int = Field(
+        2, ge=1, le=1024, description="in one ingress replica; raise it where two do not keep all scorers busy"
+    )
+    max_waiting: int = Field(
+        16, ge=0, description="for their turn; above it 503 at once: those that wait take places of small requests"
+    )
 
 
 class IngressSettings(_Settings):
@@ -50,12 +76,13 @@ class IngressSettings(_Settings):
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     decode_threads: int = Field(2, ge=1)
-    max_ongoing_requests: int = Field(2048, ge=1, description="above what admission lets in and lets wait")
+    max_ongoing_requests: int = Field(2048, ge=1, description="above what admission lets in, wait and upload")
     max_queued_requests: int = Field(
         512, ge=-1, description="at Serve's own door, once max_ongoing_requests is reached"
     )
     request_timeout_s: float = Field(30.0, gt=0, description="after it, 503 with Retry-After")
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
+    large_requests: LargeRequestSettings = Field(default_factory=LargeRequestSettings)
     retry_after_s: int = Field(1, ge=1, description="what a 503 tells the client")
     abstain: bool = Field(True, description="give reasons instead of a risk where the model's bundle says so")
 

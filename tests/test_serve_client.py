@@ -192,7 +192,7 @@ def test_orders_are_sent_again_only_where_the_service_cannot_have_begun(kind, do
         with pytest.raises(UnavailableError):
             ask(kind, script, do)
         assert len(script.requests) == 1
-    for answer in (httpx.ConnectError("refused"), (429, LATER, {"Retry-After": "1"})):
+    for answer in (httpx.ConnectError("refused"), (429, LATER, {"Retry-After": "1"}), (408, LATER)):
         script = Script(answer, (422, {"error": "invalid_field", "detail": "x"}))
         with pytest.raises(RefusedError):
             ask(kind, script, do)
