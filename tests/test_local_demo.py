@@ -142,10 +142,13 @@ def test_the_whole_demo(tmp_path):
         for stage in ("search_hyperparameters", "train_model", "deploy_service", "check_drift, shifted", "total"):
             assert re.search(rf"^{stage} +\d+\.\d", done.stdout, re.MULTILINE)
         url = re.search(r"^service +(\S+)/docs$", done.stdout, re.MULTILINE).group(1)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/v1/model", timeout=30) as answer:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{url}/v1/model", timeout=30) as answer:
             assert json.load(answer)["synthetic"] is True
         curl = re.search(r"^try +(curl .*)$", done.stdout, re.MULTILINE).group(1)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/v1/candidates") as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{url}/v1/candidates", timeout=30
+        ) as answer:
             (candidate,) = json.load(answer)
         assert (candidate["model_version"], candidate["state"]) == ("1", "promoted")
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60, check=True)
