@@ -1,4 +1,5 @@
-"""Deploys or updates the HTTP service for the champion, and waits until it answers with that model.
+"""Deploys or updates the HTTP service for the champion, and waits until it answers with that model. A model that does
+not load on every replica changes nothing, and a service that does not come up gets back the model and settings it had.
 
 The service runs on the cluster of RAY_ADDRESS or of the submitted job and outlives this job: its replicas take their
 code from a zip file below `releases`, their model from the registry's bundle, and hold absolute paths only.
@@ -20,10 +21,13 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from data_pipelines.cluster_nodes import cluster_nodes
 from modeling.bundle import load_bundle
 from modeling.engine_set import find_engine_set
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
+from ray_jobs.model_swap import Deployed, all_replicas_hold, prepare_replicas, running_service
+from ray_jobs.service_room import check_room
 from serve.image_scorer import ImageScorerLogic
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.release import write_release
@@ -249,11 +253,11 @@ def _get(url: str) -> dict[str, Any] | None:
 
 
 def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None:
-    """Returns once the application runs and every node answers with this model.
+    """Returns once the application runs and every replica answers with this model.
 
     Raises:
-        ValueError: a deployment failed, with its reason.
-        TimeoutError: not ready in `ready_timeout_s`, with the state of each deployment.
+        ValueError: a deployment failed, a replica refused the model, or the service was not ready in
+            `ready_timeout_s`; with the reason, or the state of each deployment.
     """
     from ray import serve
 
@@ -262,7 +266,7 @@ def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None
         application = serve.status().applications.get(APP_NAME)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ValueError(f"the service did not start: {_reason(application)}")
-        if application is not None and application.status == "RUNNING":
+        if application is not None and application.status == "RUNNING" and all_replicas_hold(model):
             ready = _get(f"{config.url}/readyz")
             if ready is not None and ready["status"] == "ok":
                 card = _get(f"{config.url}/v1/model")
@@ -270,7 +274,7 @@ def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None
                     return
         if time.monotonic() > deadline:
             state = "is not deployed" if application is None else f"is {application.status}: {_reason(application)}"
-            raise TimeoutError(f"the service was not ready in {config.ready_timeout_s:g} s; it {state}")
+            raise ValueError(f"the service was not ready in {config.ready_timeout_s:g} s; it {state}")
         time.sleep(_POLL_S)
 
 
@@ -284,12 +288,50 @@ def _reason(application: Any) -> str:
     return "; ".join(parts)
 
 
-def run(config: DeployServiceConfig) -> dict[str, Any]:
-    """Deploys; returns where the service answers and which model."""
+def _deploy(config: DeployServiceConfig, settings: ServeSettings, model: ModelReference) -> None:
+    """Tells Serve what to run, and waits for it; as `wait_until_ready`."""
     from ray.serve.api import RunTarget, run_many
 
     from serve.app import build_app
 
+    application = build_app(settings, model)
+    run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
+    wait_until_ready(config, model)
+
+
+def deploy_or_put_back(
+    config: DeployServiceConfig, settings: ServeSettings, model: ModelReference, previous: Deployed | None
+) -> None:
+    """Deploys; a service that does not take the model, or the settings, gets back what it had.
+
+    Raises:
+        ValueError: why nothing changed; or that what was there before could not be put back either.
+    """
+    what = f"model version {model.version} from {model.bundle_uri}"
+    if previous is not None and previous.model != model:
+        say(f"{what}: loading it beside version {previous.model.version} on every replica")
+        try:
+            prepare_replicas(model, config.ready_timeout_s)
+        except ValueError as error:
+            raise ValueError(f"{what} is not served: {error}; version {previous.model.version} goes on") from error
+    say(f"deploying {what}")
+    try:
+        _deploy(config, settings, model)
+    except ValueError as error:
+        if previous is None or (previous.settings, previous.model) == (settings, model):
+            raise
+        say(f"{error}; putting back version {previous.model.version} and its settings")
+        try:
+            _deploy(config, previous.settings, previous.model)
+        except ValueError as second:
+            raise ValueError(
+                f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
+            ) from error
+        raise ValueError(f"{what} is not served: {error}; version {previous.model.version} answers again") from error
+
+
+def run(config: DeployServiceConfig) -> dict[str, Any]:
+    """Deploys; returns where the service answers and which model."""
     model = resolve_model(config)
     load_once(model, config.scorer)
     check_store(config)
@@ -297,13 +339,11 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     release = write_release(REPO_ROOT, Path(config.releases))
     settings = serve_settings(config, release)
     connect(settings.runtime_env)
+    check_room(settings, cluster_nodes())
     if not ipaddress.ip_address(config.host).is_loopback:
         say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
     start_serve(config)
-    say(f"deploying model version {model.version} from {model.bundle_uri}")
-    application = build_app(settings, model)
-    run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
-    wait_until_ready(config, model)
+    deploy_or_put_back(config, settings, model, running_service())
     return {
         "url": config.url,
         "docs": f"{config.url}/docs",

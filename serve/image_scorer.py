@@ -14,6 +14,7 @@ from ray import serve
 
 from modeling.bundle import load_bundle
 from modeling.engines import start_engine
+from serve.model_slot import ModelSlot
 from serve.settings import ModelReference, ScorerSettings
 
 # More batches than ever wait.
@@ -131,7 +132,8 @@ class ImageScorer:
 
     def __init__(self, settings: dict[str, Any]):
         self._settings = ScorerSettings.model_validate(settings)
-        self._logic: ImageScorerLogic | None = None
+        batch = self._settings.max_batch_size
+        self._slot = ModelSlot(lambda model: ImageScorerLogic(model, batch))
         runs = self._settings.max_concurrent_batches
         self._threads = ThreadPoolExecutor(runs, thread_name_prefix="engine")
         self._room = asyncio.Semaphore(runs)
@@ -139,14 +141,18 @@ class ImageScorer:
         self._run.set_batch_wait_timeout_s(self._settings.batch_wait_timeout_s)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Loads and warms the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
-        model = ModelReference.model_validate(config)
-        load = asyncio.get_running_loop().run_in_executor
-        self._logic = await load(None, ImageScorerLogic, model, self._settings.max_batch_size)
+        """Serves the bundle of a `ModelReference`, loaded and warmed; see `ModelSlot.use`."""
+        await self._slot.use(config)
 
-    def _loaded(self) -> ImageScorerLogic:
-        assert self._logic is not None, "Serve calls reconfigure before the first request"
-        return self._logic
+    async def prepare(self, config: dict[str, Any]) -> str | None:
+        """See `ModelSlot.prepare`."""
+        return await self._slot.prepare(config)
+
+    async def drop_prepared(self) -> None:
+        self._slot.drop_prepared()
+
+    async def model_state(self) -> dict[str, Any]:
+        return self._slot.state()
 
     async def score(self, images: np.ndarray, time_left_s: float) -> ImageScores | None:
         """Scores uint8 (N, S, S, 3), N <= `max_batch_size`, unless `time_left_s` is over before its turn."""
@@ -161,7 +167,7 @@ class ImageScorer:
     async def _score_together(self, calls: list[ScoreCall]) -> list[ImageScores | None]:
         answers: list[ImageScores | None] = [None] * len(calls)
         async with self._room:
-            logic, now = self._loaded(), time.monotonic()
+            logic, now = self._slot.model, time.monotonic()
             todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
             if todo:
                 batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
@@ -175,10 +181,10 @@ class ImageScorer:
 
     async def explain(self, image: np.ndarray) -> ActivationMap | None:
         """Maps of one picture, uint8 (1, S, S, 3); rare, so it joins no batch."""
-        logic = self._loaded()
+        logic = self._slot.model
         if not logic.fits(image):
             return None
         return await asyncio.get_running_loop().run_in_executor(self._threads, logic.activation_map, image)
 
     async def describe(self) -> dict[str, Any]:
-        return self._loaded().describe()
+        return self._slot.model.describe()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
 from serve.middleware import BodyLimit, NoticeHeader
+from serve.model_slot import ModelSlot
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
@@ -39,7 +39,7 @@ from serve.records import RecordService
 from serve.retrain_routes import add_retrain_routes
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
-from serve.settings import ModelReference, ServeSettings
+from serve.settings import ServeSettings
 from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
@@ -164,6 +164,8 @@ class Ingress:
         settings: dict[str, Any],
     ):
         config = ServeSettings.model_validate(settings)
+        self._settings = settings
+        self._slot = ModelSlot(ServedModel.load)
         log = open_log(config.storage)
         self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
         access = config.access
@@ -195,16 +197,27 @@ class Ingress:
         return build_api(self._backend)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
-        # Hashing a bundle, or fetching it, takes seconds in which others want their answers.
-        load = asyncio.get_running_loop().run_in_executor
-        model = await load(None, ServedModel.load, ModelReference.model_validate(config))
-        self._backend.service.use_model(model)
+        """Serves what the bundle of a `ModelReference` says; see `ModelSlot.use`."""
+        self._backend.service.use_model(await self._slot.use(config))
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:
             await self._backend.keys.start()
         self._worker.start()
+
+    async def prepare(self, config: dict[str, Any]) -> str | None:
+        """See `ModelSlot.prepare`."""
+        return await self._slot.prepare(config)
+
+    async def drop_prepared(self) -> None:
+        self._slot.drop_prepared()
+
+    async def model_state(self) -> dict[str, Any]:
+        return self._slot.state()
+
+    async def deployed(self) -> dict[str, Any]:
+        """The settings and the model that this replica runs with: what a failed deploy puts back."""
+        return {"settings": self._settings, "model": self._slot.state()["model"]}
 
     async def __del__(self) -> None:
         # Serve calls it before it ends a replica, also one whose constructor failed.

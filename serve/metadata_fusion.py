@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modeling.bundle import load_bundle
+from serve.model_slot import ModelSlot
 from serve.settings import ModelReference
 
 Record = Mapping[str, Any]
@@ -135,21 +136,26 @@ class MetadataFusion:
     """Deployment around `MetadataFusionLogic`."""
 
     def __init__(self) -> None:
-        self._logic: MetadataFusionLogic | None = None
+        self._slot = ModelSlot(MetadataFusionLogic)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Loads the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
-        model = ModelReference.model_validate(config)
-        self._logic = await asyncio.get_running_loop().run_in_executor(None, MetadataFusionLogic, model)
+        """Serves the bundle of a `ModelReference`; see `ModelSlot.use`."""
+        await self._slot.use(config)
 
-    def _loaded(self) -> MetadataFusionLogic:
-        assert self._logic is not None, "Serve calls reconfigure before the first request"
-        return self._logic
+    async def prepare(self, config: dict[str, Any]) -> str | None:
+        """See `ModelSlot.prepare`."""
+        return await self._slot.prepare(config)
+
+    async def drop_prepared(self) -> None:
+        self._slot.drop_prepared()
+
+    async def model_state(self) -> dict[str, Any]:
+        return self._slot.state()
 
     async def fuse(self, log_probabilities: np.ndarray, records: list[Record | None]) -> FusedRisks:
         """See `MetadataFusionLogic.fuse`; no risks, beside the digest that says why, for scores of another model."""
-        logic = self._loaded()
+        logic = self._slot.model
         if not logic.fits(log_probabilities):
             return FusedRisks(logic.digest, [])
         if len(records) == 1:
@@ -160,11 +166,11 @@ class MetadataFusion:
         self, log_probabilities: np.ndarray, records: list[Record | None], trusted: np.ndarray
     ) -> FusedRisks | None:
         """See `MetadataFusionLogic.fuse_patient`."""
-        logic = self._loaded()
+        logic = self._slot.model
         if not logic.fits(log_probabilities):
             return FusedRisks(logic.digest, [])
         fuse = logic.fuse_patient
         return await asyncio.get_running_loop().run_in_executor(self._thread, fuse, log_probabilities, records, trusted)
 
     async def describe(self) -> dict[str, Any]:
-        return self._loaded().describe()
+        return self._slot.model.describe()

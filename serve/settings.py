@@ -93,7 +93,7 @@ class ScorerSettings(_Settings):
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(2, ge=1)
     num_cpus: float = Field(0.5, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0, description="per replica; 0.5: two replicas share a GPU")
     target_ongoing_requests: float = Field(
         2, gt=0, description="calls per replica; each carries the pictures that waited together"
     )
@@ -116,6 +116,8 @@ class ScorerSettings(_Settings):
     def _consistent(self) -> ScorerSettings:
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas is {self.max_replicas}; expected at least min_replicas {self.min_replicas}")
+        if self.num_gpus > 1 and not self.num_gpus.is_integer():
+            raise ValueError(f"num_gpus is {self.num_gpus:g}; expected a part of one GPU, or whole ones")
         if self.max_ongoing_requests < self.max_batch_size:
             raise ValueError(
                 f"max_ongoing_requests is {self.max_ongoing_requests}; expected at least max_batch_size "

@@ -22,7 +22,11 @@ from local.jobs import REPO_ROOT
 from local.processes import MARK, marked_processes
 from modeling.bundle import load_bundle
 from modeling.engine_selection import measure_candidates
+from ray_jobs.deploy_service import DeployServiceConfig
 from ray_jobs.export_engine import gate_lesions
+from ray_jobs.job import parse_config
+from ray_jobs.promote_model import PromoteModelConfig
+from ray_jobs.search_hyperparameters import SearchHyperparametersConfig
 from tests.broken_networks import changed, four_bits, wrong_normalisation
 
 
@@ -100,6 +104,15 @@ def test_a_failing_stage_stops_with_its_name_and_reason_and_the_table_shows_what
     assert re.search(r"second +\d+\.\d  FAILED", demo.table())
 
 
+@pytest.mark.parametrize("folder", ["", "ham10000", "demo"])
+def test_the_candidate_of_a_search_s_best_config_is_shown_by_the_service(folder, dermray_home):
+    """The best config is the search's `train_model` with other hyperparameters; a store left out there stays out."""
+    searched = parse_config(
+        SearchHyperparametersConfig, [], REPO_ROOT / "configs" / folder / "search_hyperparameters.yaml"
+    )
+    assert searched.train_model.store_url == DeployServiceConfig().store_url == PromoteModelConfig().store_url
+
+
 def broken_engines(home, folder):
     """(passed, reason) of the demo's network with 4-bit weights and with a wrong normalisation, on its own lesions."""
     (path,) = (home / "bundles").iterdir()
@@ -129,9 +142,15 @@ def test_the_whole_demo(tmp_path):
         for stage in ("search_hyperparameters", "train_model", "deploy_service", "check_drift, shifted", "total"):
             assert re.search(rf"^{stage} +\d+\.\d", done.stdout, re.MULTILINE)
         url = re.search(r"^service +(\S+)/docs$", done.stdout, re.MULTILINE).group(1)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/v1/model", timeout=30) as answer:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{url}/v1/model", timeout=30) as answer:
             assert json.load(answer)["synthetic"] is True
         curl = re.search(r"^try +(curl .*)$", done.stdout, re.MULTILINE).group(1)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{url}/v1/candidates", timeout=30
+        ) as answer:
+            (candidate,) = json.load(answer)
+        assert (candidate["model_version"], candidate["state"]) == ("1", "promoted")
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60, check=True)
         assert "risk" in json.loads(answer.stdout)
         broken = broken_engines(home, tmp_path)

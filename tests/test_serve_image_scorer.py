@@ -98,7 +98,7 @@ def test_as_many_batches_run_side_by_side_as_the_settings_say(reference):
 
     async def scenario():
         scorer = ImageScorer(ScorerSettings(max_concurrent_batches=2, max_batch_size=4).model_dump())
-        scorer._logic = Engine()
+        scorer._slot._held = (reference, Engine())
         call = ScoreCall(np.zeros((4, 8, 8, 3), np.uint8), time.monotonic() + 30)
         for (scores,) in await asyncio.gather(*(scorer._score_together([call]) for _ in range(6))):
             assert scores.log_probabilities.shape == (4, 2)
@@ -123,7 +123,7 @@ def test_pictures_whose_callers_gave_up_while_they_waited_are_not_looked_at(refe
 
     async def scenario():
         scorer = ImageScorer(ScorerSettings(max_concurrent_batches=1).model_dump())
-        scorer._logic = Engine()
+        scorer._slot._held = (reference, Engine())
         image = np.zeros((1, 8, 8, 3), np.uint8)
         deadline = time.monotonic() + 0.1
         first = asyncio.create_task(scorer._score_together([ScoreCall(image, deadline + 30)]))

@@ -3,8 +3,9 @@ for data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from data_pipelines.cluster_nodes import Resources, cluster_nodes
 from data_pipelines.image_dataset import task_cpus
 from training.config import TrainingConfig
 
@@ -12,8 +13,6 @@ from training.config import TrainingConfig
 TRIAL_CPUS = 0.1
 
 _SLACK = 1e-9
-
-Resources = Mapping[str, float]
 
 
 def worker_resources(base: TrainingConfig, has_gpu: bool) -> list[Resources]:
@@ -64,7 +63,7 @@ def cluster_room(base: TrainingConfig, most: int) -> tuple[int, list[Resources]]
     import ray
 
     workers = worker_resources(base, ray.cluster_resources().get("GPU", 0) > 0)
-    fitting = trials_that_fit(_cluster_nodes(), task_cpus(), workers, most)
+    fitting = trials_that_fit(cluster_nodes(), task_cpus(), workers, most)
     if fitting < 1:
         cpus, gpus = (sum(worker[name] for worker in workers) for name in ("CPU", "GPU"))
         raise ValueError(
@@ -72,16 +71,3 @@ def cluster_room(base: TrainingConfig, most: int) -> tuple[int, list[Resources]]
             f"{cpus:g} CPU and {gpus:g} GPU, each on one node, and {task_cpus():g} CPU to read"
         )
     return fitting, workers
-
-
-def _cluster_nodes() -> list[Resources]:
-    """CPU and GPU of each living node. What an autoscaler may add counts as one more node; nobody knows its parts."""
-    import ray
-    from ray._private.state import state  # as Ray Train and Ray Data ask for it; there is no public way
-
-    nodes: list[Resources] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = state.get_max_resources_from_cluster_config() or {}
-    more = {
-        name: max(0.0, largest.get(name, 0.0) - sum(node.get(name, 0.0) for node in nodes)) for name in ("CPU", "GPU")
-    }
-    return [*nodes, more] if any(more.values()) else nodes

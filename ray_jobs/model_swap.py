@@ -1,0 +1,148 @@
+"""The running service while its model changes: what it serves, and whether every replica can serve the next model.
+
+A replica whose `reconfigure` fails keeps its model, but the other nodes would already have the new one. So every
+replica loads it first, beside the one it serves (`prepare`); the switch that follows takes a moment, and hardly fails.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_jobs.job import say
+from serve.settings import APP_NAME, ModelReference, ServeSettings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+# The cheapest to load first.
+MODEL_NODES = ("Ingress", "MetadataFusion", "ImageScorer")
+# For answers that need no loading.
+_ANSWER_S = 10.0
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a service runs with."""
+
+    settings: ServeSettings
+    model: ModelReference
+
+
+def _handle(node: str, method: str) -> DeploymentHandle:
+    from ray import serve
+
+    handle = serve.get_deployment_handle(node, APP_NAME)
+    if not handle.is_initialized:
+        # In Serve's throughput mode handles expect an event loop around them, which a job has not.
+        handle._init(_run_router_in_separate_loop=True)
+    return handle.options(method_name=method, _by_reference=True)
+
+
+def _ask_all(node: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    """Answers of all running replicas of a node, among them exceptions; empty where it has none, scaled to zero."""
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    try:
+        calls = _handle(node, method).broadcast(method, *arguments)
+        return calls.results(timeout_s=timeout_s, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
+
+
+def _words(error: Exception) -> str:
+    """One line of what a call to a replica raised."""
+    from ray.exceptions import RayActorError
+
+    if isinstance(error, RayActorError):
+        return "a replica died while it loaded the bundle"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:500] if lines else 'no message'}"
+
+
+def running_service() -> Deployed | None:
+    """What the service of this cluster runs with; None where there is none, or it does not say."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    if APP_NAME not in serve.status().applications:
+        return None
+    try:
+        found = _handle("Ingress", "deployed").remote().result(timeout_s=_ANSWER_S)
+        return Deployed(ServeSettings.model_validate(found["settings"]), ModelReference.model_validate(found["model"]))
+    except (RayError, RayServeException, TimeoutError, ValueError, KeyError) as error:
+        # Down, still starting, or of another release.
+        say(f"the service that is there does not say what it serves, so it could not be put back: {_words(error)}")
+        return None
+
+
+def prepare_replicas(model: ModelReference, timeout_s: float) -> None:
+    """Has every replica load a model beside the one that it serves; when one cannot, none keeps it.
+
+    Raises:
+        ValueError: which node cannot, and why; the service is as it was.
+    """
+    try:
+        deadline = time.monotonic() + timeout_s
+        for node in MODEL_NODES:
+            reason = _prepare_node(node, model, deadline)
+            if reason is not None:
+                raise ValueError(f"{node}: {reason}")
+    except BaseException:
+        _drop_prepared()
+        raise
+
+
+def _prepare_node(node: str, model: ModelReference, deadline: float) -> str | None:
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    config, started = model.model_dump(), time.monotonic()
+    try:
+        # A call of one replica first: it wakes a scorer that scaled to zero, where a broadcast finds nobody.
+        answers = [_handle(node, "prepare").remote(config).result(timeout_s=max(0.0, deadline - started))]
+        if answers == [None]:
+            answers = _ask_all(node, "prepare", config, timeout_s=max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        return f"the bundle was not loaded within {time.monotonic() - started:.0f} s"
+    except (RayError, RayServeException) as error:
+        return _words(error)
+    failed = [answer for answer in answers if answer is not None]
+    if not failed:
+        return None
+    return _words(failed[0]) if isinstance(failed[0], Exception) else failed[0]
+
+
+def _drop_prepared() -> None:
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    for node in MODEL_NODES:
+        try:
+            _ask_all(node, "drop_prepared", timeout_s=_ANSWER_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            say(f"{node} may hold the new model beside the old one for some minutes: {_words(error)}")
+
+
+def all_replicas_hold(model: ModelReference) -> bool:
+    """Whether every running replica serves this model.
+
+    Raises:
+        ValueError: a replica refused it and kept its old one.
+    """
+    wanted, held = model.model_dump(), True
+    for node in MODEL_NODES:
+        try:
+            states = _ask_all(node, "model_state", timeout_s=_ANSWER_S)
+        except TimeoutError:
+            return False
+        for state in states:
+            if isinstance(state, Exception):
+                held = False  # it died, or a replica of the release before is about to go
+            elif state["refused"] is not None and state["refused"]["model"] == wanted:
+                raise ValueError(f"{node}: {state['refused']['reason']}")
+            else:
+                held = held and state["model"] == wanted
+    return held

@@ -1,0 +1,92 @@
+"""A deploy that fails leaves the service with what it had, and says in one line what it could not do."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_jobs import deploy_service
+from ray_jobs.deploy_service import DeployServiceConfig, deploy_or_put_back, serve_settings
+from ray_jobs.model_swap import Deployed
+from serve.settings import ModelReference
+
+
+def reference(version):
+    return ModelReference(bundle_uri=f"/bundles/{version}", sha256="0" * 64, version=version)
+
+
+class Cluster:
+    """Notes what is prepared and deployed, and fails as told."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.cannot_prepare, self.cannot_deploy = [], {}, {}
+        monkeypatch.setattr(deploy_service, "prepare_replicas", self.prepare)
+        monkeypatch.setattr(deploy_service, "_deploy", self.deploy)
+
+    def prepare(self, model, timeout_s):
+        self.done.append(("prepare", model.version))
+        if model.version in self.cannot_prepare:
+            raise ValueError(self.cannot_prepare[model.version])
+
+    def deploy(self, config, settings, model):
+        self.done.append((settings.scorer.max_replicas, model.version))
+        if model.version in self.cannot_deploy:
+            raise ValueError(self.cannot_deploy[model.version])
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    return Cluster(monkeypatch)
+
+
+@pytest.fixture
+def swap(dermray_home):
+    """Deploys version 2 with 3 replicas where version 1 runs with 2, or whatever `previous` says."""
+    release = dermray_home / "releases" / "x.zip"
+    config = DeployServiceConfig(scorer={"max_replicas": 3})
+    old = Deployed(serve_settings(DeployServiceConfig(scorer={"max_replicas": 2}), release), reference("1"))
+
+    def deploy(previous=old):
+        deploy_or_put_back(config, serve_settings(config, release), reference("2"), previous)
+
+    return deploy
+
+
+def test_a_model_is_prepared_before_it_is_deployed(cluster, swap):
+    swap()
+    assert cluster.done == [("prepare", "2"), (3, "2")]
+
+
+def test_a_model_that_a_replica_cannot_load_is_not_deployed(cluster, swap):
+    cluster.cannot_prepare["2"] = "ImageScorer: MemoryError: 4 GB"
+    expected = "model version 2 from /bundles/2 is not served: ImageScorer: MemoryError: 4 GB; version 1 goes on"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        swap()
+    assert cluster.done == [("prepare", "2")]
+
+
+def test_what_was_there_before_is_put_back_with_its_settings(cluster, swap):
+    cluster.cannot_deploy["2"] = "the service was not ready in 180 s"
+    with pytest.raises(ValueError, match="^model version 2 from .* not ready in 180 s; version 1 answers again$"):
+        swap()
+    assert cluster.done == [("prepare", "2"), (3, "2"), (2, "1")]
+
+
+def test_when_nothing_can_be_put_back_the_line_has_both_reasons(cluster, swap):
+    cluster.cannot_deploy = {"2": "refused", "1": "gone"}
+    with pytest.raises(ValueError, match="is not served: refused; putting back version 1 failed too: gone$"):
+        swap()
+
+
+def test_a_first_deploy_has_nothing_to_put_back(cluster, swap):
+    cluster.cannot_deploy["2"] = "refused"
+    with pytest.raises(ValueError, match="^refused$"):
+        swap(previous=None)
+    assert cluster.done == [(3, "2")]
+
+
+def test_the_same_model_and_settings_are_not_put_back_for_themselves(cluster, swap, dermray_home):
+    cluster.cannot_deploy["2"] = "refused"
+    same = serve_settings(DeployServiceConfig(scorer={"max_replicas": 3}), dermray_home / "releases" / "x.zip")
+    with pytest.raises(ValueError, match="^refused$"):
+        swap(previous=Deployed(same, reference("2")))
+    assert cluster.done == [(3, "2")]
