@@ -14,6 +14,9 @@ from ray import serve
 
 from modeling.bundle import load_bundle
 from modeling.engines import start_engine
+from serve.metrics import SCORER_BUSY_SECONDS, SCORER_PICTURES, ModelInfo, Recorder, replica_metrics
+from serve.request_ids import show_ids_in_log, watched_call
+from serve.sampling import Sampler
 from serve.settings import ModelReference, ScorerSettings
 
 
@@ -126,8 +129,12 @@ class ImageScorer:
     none, while a new model is rolled out, and asks again. So does one whose callers gave up while it waited.
     """
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], metrics: Recorder | None = None):
         self._settings = ScorerSettings.model_validate(settings)
+        self._metrics = metrics or replica_metrics()
+        self._model_info = ModelInfo(self._metrics, "ImageScorer")
+        self._sampler = Sampler()
+        show_ids_in_log()
         self._logic: ImageScorerLogic | None = None
         # One thread: the engine's own threads fill the replica's CPUs, and the event loop stays free meanwhile.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -136,18 +143,23 @@ class ImageScorer:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Loads and warms the bundle of a `ModelReference`; the replica keeps its old one when that fails."""
+        self._sampler.start()
         model = ModelReference.model_validate(config)
         load = asyncio.get_running_loop().run_in_executor
         self._logic = await load(None, ImageScorerLogic, model, self._settings.max_batch_size)
+        self._model_info.holds(model.version, self._logic.digest)
 
     def _loaded(self) -> ImageScorerLogic:
         assert self._logic is not None, "Serve calls reconfigure before the first request"
         return self._logic
 
-    async def score(self, images: np.ndarray, time_left_s: float) -> ImageScores | None:
+    async def score(
+        self, images: np.ndarray, time_left_s: float, request_ids: tuple[str, ...] = ()
+    ) -> ImageScores | None:
         """Scores uint8 (N, S, S, 3), N <= `max_batch_size`, unless `time_left_s` is over before its turn."""
-        # Time that is left, not a time of day: the clocks of two nodes differ.
-        return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
+        with watched_call("score", len(images), request_ids):
+            # Time that is left, not a time of day: the clocks of two nodes differ.
+            return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
 
     @serve.batch(batch_size_fn=_num_images)
     async def _run(self, calls: list[ScoreCall]) -> Sequence[ImageScores | None]:
@@ -156,7 +168,7 @@ class ImageScorer:
         answers: list[ImageScores | None] = [None] * len(calls)
         if todo:
             batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, logic.score, batch)
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._timed_score, logic, batch)
             start = 0
             for index in todo:
                 end = start + len(calls[index].images)
@@ -164,12 +176,21 @@ class ImageScorer:
                 start = end
         return answers
 
-    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+    def _timed_score(self, logic: ImageScorerLogic, images: np.ndarray) -> ImageScores:
+        start = time.perf_counter()
+        try:
+            return logic.score(images)
+        finally:
+            self._metrics.record(SCORER_BUSY_SECONDS, time.perf_counter() - start)
+            self._metrics.record(SCORER_PICTURES, len(images))
+
+    async def explain(self, image: np.ndarray, request_ids: tuple[str, ...] = ()) -> ActivationMap | None:
         """Maps of one picture, uint8 (1, S, S, 3); rare, so it joins no batch."""
         logic = self._loaded()
         if not logic.fits(image):
             return None
-        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.activation_map, image)
+        with watched_call("explain", len(image), request_ids):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, logic.activation_map, image)
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self, request_ids: tuple[str, ...] = ()) -> dict[str, Any]:
         return self._loaded().describe()
