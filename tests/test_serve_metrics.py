@@ -309,7 +309,7 @@ async def _fusion_without_serve():
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists():
-    rows = re.findall(r"^\| `(ray_dermray_\w+)` \| (\w+) \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(ray_dermray_\w+)` \| (\w+) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     documented = {(name, kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     assert documented == {(metric.exported_name, metric.kind, metric.tag_keys) for metric in METRICS}
     known = {metric.exported_name for metric in METRICS}
