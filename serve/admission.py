@@ -47,6 +47,11 @@ class Admission:
         self.num_bytes = 0
         self.num_refused = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests outside: in line, or held back until their refusal."""
+        return self._held
+
     async def enter(self, num_bytes: int) -> None:
         """Returns once a request with a body of so many bytes may come in; `leave` must follow.
 

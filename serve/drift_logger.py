@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
+from serve.metrics import LOG_COMMIT_ROWS, LOG_COMMIT_SECONDS, SUBMISSIONS_PENDING, Recorder, replica_metrics
+from serve.request_ids import show_ids_in_log, watched_call
+from serve.sampling import Sampler
 from serve.settings import StorageSettings
 from serve.shared_calls import SharedCalls
 from store.database import StoreUnavailableError
+from store.submissions import count_pending
 
 logger = logging.getLogger("ray.serve")
 
@@ -96,30 +101,53 @@ class DriftLoggerLogic:
 class DriftLogger:
     """Deployment around `DriftLoggerLogic`: one replica, whose calls share commits."""
 
-    def __init__(self, storage: dict[str, Any]):
-        self._logic = DriftLoggerLogic(open_log(StorageSettings.model_validate(storage)))
+    def __init__(self, storage: dict[str, Any], metrics: Recorder | None = None):
+        self._log = open_log(StorageSettings.model_validate(storage))
+        self._logic = DriftLoggerLogic(self._log)
+        self._metrics = metrics or replica_metrics()
+        self._sampler = Sampler()
+        # There is one replica of this deployment: each figure of the store is exported once.
+        self._sampler.add_slow(self._count_submissions)
+        show_ids_in_log()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
 
+    def _count_submissions(self) -> None:
+        for state, number in count_pending(self._log.store).items():
+            self._metrics.record(SUBMISSIONS_PENDING, number, state)
+
     async def _commit(self, entries: list[LogEntry]) -> list[Ack | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.commit, entries)
+        start, outcome = time.perf_counter(), "error"
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.commit, entries)
+            outcome = "ok"
+        finally:
+            self._metrics.record(LOG_COMMIT_SECONDS, time.perf_counter() - start, outcome)
+        self._metrics.record(LOG_COMMIT_ROWS, sum(len(entry.records) for entry in entries))
+        return results
 
-    async def write(self, entries: list[LogEntry]) -> list[Ack | Exception]:
+    async def write(self, entries: list[LogEntry], request_ids: tuple[str, ...] = ()) -> list[Ack | Exception]:
         """Commits the entries; see `DriftLoggerLogic.commit`."""
-        results = await asyncio.gather(*map(self._commits.submit, entries), return_exceptions=True)
-        for result in results:
-            if isinstance(result, StoreUnavailableError):
-                raise result
-            if isinstance(result, Exception):
-                logger.error("the store refused an entry: %s", result)
-        return [_plain(result) for result in results]
+        self._sampler.start()
+        with watched_call("log", len(entries), request_ids):
+            results = await asyncio.gather(*map(self._commits.submit, entries), return_exceptions=True)
+            for result in results:
+                if isinstance(result, StoreUnavailableError):
+                    raise result
+                if isinstance(result, Exception):
+                    logger.error("the store refused an entry: %s", result)
+            return [_plain(result) for result in results]
 
-    async def find(self, caller: str, keys: list[str]) -> list[PredictionRecord | None]:
+    async def find(
+        self, caller: str, keys: list[str], request_ids: tuple[str, ...] = ()
+    ) -> list[PredictionRecord | None]:
         """See `DriftLoggerLogic.find`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.find, caller, keys)
+        with watched_call("lookup", len(keys), request_ids):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.find, caller, keys)
 
     async def ping(self) -> bool:
         """See `DriftLoggerLogic.ping`."""
+        self._sampler.start()
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.ping)
 
 

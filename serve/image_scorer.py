@@ -14,7 +14,10 @@ from ray import serve
 
 from modeling.bundle import load_bundle
 from modeling.engines import start_engine
+from serve.metrics import SCORER_BUSY_SECONDS, SCORER_PICTURES, ModelInfo, Recorder, replica_metrics
 from serve.model_slot import ModelSlot
+from serve.request_ids import show_ids_in_log, watched_call
+from serve.sampling import Sampler
 from serve.settings import ModelReference, ScorerSettings
 
 # More batches than ever wait.
@@ -130,8 +133,12 @@ class ImageScorer:
     none, while a new model is rolled out, and asks again. So does one whose callers gave up while it waited.
     """
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], metrics: Recorder | None = None):
         self._settings = ScorerSettings.model_validate(settings)
+        self._metrics = metrics or replica_metrics()
+        self._model_info = ModelInfo(self._metrics, "ImageScorer")
+        self._sampler = Sampler()
+        show_ids_in_log()
         batch = self._settings.max_batch_size
         self._slot = ModelSlot(lambda model: ImageScorerLogic(model, batch))
         runs = self._settings.max_concurrent_batches
@@ -142,7 +149,9 @@ class ImageScorer:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serves the bundle of a `ModelReference`, loaded and warmed; see `ModelSlot.use`."""
-        await self._slot.use(config)
+        self._sampler.start()
+        logic = await self._slot.use(config)
+        self._model_info.holds(self._slot.version, logic.digest)
 
     async def prepare(self, config: dict[str, Any]) -> str | None:
         """See `ModelSlot.prepare`."""
@@ -154,10 +163,13 @@ class ImageScorer:
     async def model_state(self) -> dict[str, Any]:
         return self._slot.state()
 
-    async def score(self, images: np.ndarray, time_left_s: float) -> ImageScores | None:
+    async def score(
+        self, images: np.ndarray, time_left_s: float, request_ids: tuple[str, ...] = ()
+    ) -> ImageScores | None:
         """Scores uint8 (N, S, S, 3), N <= `max_batch_size`, unless `time_left_s` is over before its turn."""
-        # Time that is left, not a time of day: the clocks of two nodes differ.
-        return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
+        with watched_call("score", len(images), request_ids):
+            # Time that is left, not a time of day: the clocks of two nodes differ.
+            return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
 
     # Serve's own bound of batches that run is fixed when the class is made; `_room` is that of the settings.
     @serve.batch(batch_size_fn=_num_images, max_concurrent_batches=_MANY)
@@ -171,7 +183,8 @@ class ImageScorer:
             todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
             if todo:
                 batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
-                scores = await asyncio.get_running_loop().run_in_executor(self._threads, logic.score, batch)
+                run = asyncio.get_running_loop().run_in_executor
+                scores = await run(self._threads, self._timed_score, logic, batch)
                 start = 0
                 for index in todo:
                     end = start + len(calls[index].images)
@@ -179,12 +192,21 @@ class ImageScorer:
                     start = end
         return answers
 
-    async def explain(self, image: np.ndarray) -> ActivationMap | None:
+    def _timed_score(self, logic: ImageScorerLogic, images: np.ndarray) -> ImageScores:
+        start = time.perf_counter()
+        try:
+            return logic.score(images)
+        finally:
+            self._metrics.record(SCORER_BUSY_SECONDS, time.perf_counter() - start)
+            self._metrics.record(SCORER_PICTURES, len(images))
+
+    async def explain(self, image: np.ndarray, request_ids: tuple[str, ...] = ()) -> ActivationMap | None:
         """Maps of one picture, uint8 (1, S, S, 3); rare, so it joins no batch."""
         logic = self._slot.model
         if not logic.fits(image):
             return None
-        return await asyncio.get_running_loop().run_in_executor(self._threads, logic.activation_map, image)
+        with watched_call("explain", len(image), request_ids):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, logic.activation_map, image)
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self, request_ids: tuple[str, ...] = ()) -> dict[str, Any]:
         return self._slot.model.describe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,26 @@ from serve.candidate_routes import add_candidate_routes
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.explanation_routes import add_explanation_routes
+from serve.gauges import watch_admission, watch_log
 from serve.http_errors import add_error_handlers
 from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
+from serve.metrics import ModelInfo, NoMetrics, Recorder, replica_metrics
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.model_slot import ModelSlot
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
+from serve.problem_counter import ProblemCounter
 from serve.rate_limit import TokenBuckets
 from serve.read_deadline import ReadDeadline
 from serve.record_routes import add_record_routes
 from serve.records import RecordService
+from serve.request_ids import RequestIds, show_ids_in_log
 from serve.retrain_routes import add_retrain_routes
+from serve.sampling import Sampler
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ServeSettings
@@ -64,6 +69,9 @@ class Backend:
         submissions: what is scored later.
         keys: who may call; None leaves the service open.
         buckets: rate limit per key.
+        metrics: what is told of every request.
+        sampler: what reads the gauges of the routes.
+        answers_ids: whether to answer with the request's id; not where the server around the routes does.
     """
 
     service: PredictionService
@@ -72,12 +80,21 @@ class Backend:
     submissions: SubmissionQueue
     keys: KeyRing | None = None
     buckets: TokenBuckets | None = None
+    metrics: Recorder = field(default_factory=NoMetrics)
+    sampler: Sampler = field(default_factory=Sampler)
+    answers_ids: bool = True
 
 
 class _Api(FastAPI):
+    def __init__(self, backend: Backend, **options: Any):
+        super().__init__(**options)
+        self._backend = backend
+
     def build_middleware_stack(self) -> ASGIApp:
         # Middleware that is added stands inside Starlette's own, which answers what no one foresaw.
-        return SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
+        stack = SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
+        counted = ProblemCounter(stack, self._backend.metrics, self.routes)
+        return RequestIds(counted, self._backend.answers_ids)
 
 
 def build_api(backend: Backend) -> FastAPI:
@@ -86,6 +103,7 @@ def build_api(backend: Backend) -> FastAPI:
     retry_after_s = service.settings.retry_after_s
     limits = service.limits
     api = _Api(
+        backend,
         title="dermray",
         summary="Risk of skin cancer from pictures of lesions. Not a medical device.",
         version="1",
@@ -106,6 +124,7 @@ def build_api(backend: Backend) -> FastAPI:
     largest = {path: limit + _FORM_BYTES for path, limit in bodies.items()}
     admission = Admission(service.settings.admission, service.oldest_wait_s, retry_after_s)
     waiting = WaitingBodies(service.settings.admission, admission.refusal)
+    watch_admission(backend.sampler, backend.metrics, admission)
     api.add_middleware(WholeForm)
     api.add_middleware(AdmissionGuard, admission=admission, bodies=waiting, largest=largest)
     # Around the guard, which reads bodies: they are bounded in length and in time from the first byte on.
@@ -166,6 +185,9 @@ class Ingress:
         config = ServeSettings.model_validate(settings)
         self._settings = settings
         self._slot = ModelSlot(ServedModel.load)
+        show_ids_in_log()
+        metrics = replica_metrics()
+        self._model_info = ModelInfo(metrics, "Ingress")
         log = open_log(config.storage)
         self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
         access = config.access
@@ -182,8 +204,10 @@ class Ingress:
             config.scorer.max_batch_size,
         )
         patient_key = Path(config.storage.patient_key_file).read_bytes()
-        service = PredictionService(scoring, self._log, patient_key)
+        service = PredictionService(scoring, self._log, patient_key, metrics)
         self._worker = SubmissionWorker(service, log, config.submissions)
+        sampler = Sampler()
+        watch_log(sampler, metrics, self._log, log)
         self._backend = Backend(
             service,
             log,
@@ -191,6 +215,9 @@ class Ingress:
             SubmissionQueue(service, log, config.submissions, self._worker.wake),
             keys,
             buckets,
+            metrics,
+            sampler,
+            answers_ids=False,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -198,7 +225,10 @@ class Ingress:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serves what the bundle of a `ModelReference` says; see `ModelSlot.use`."""
-        self._backend.service.use_model(await self._slot.use(config))
+        self._backend.sampler.start()
+        model = await self._slot.use(config)
+        self._backend.service.use_model(model)
+        self._model_info.holds(model.reference.version, model.digest)
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:
@@ -223,3 +253,4 @@ class Ingress:
         # Serve calls it before it ends a replica, also one whose constructor failed.
         if hasattr(self, "_worker"):
             await self._worker.stop()
+            await self._backend.sampler.stop()

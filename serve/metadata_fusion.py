@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from modeling.bundle import load_bundle
+from serve.metrics import ModelInfo, Recorder, replica_metrics
 from serve.model_slot import ModelSlot
+from serve.request_ids import show_ids_in_log, watched_call
+from serve.sampling import Sampler
 from serve.settings import ModelReference
 
 Record = Mapping[str, Any]
@@ -135,13 +138,18 @@ class MetadataFusionLogic:
 class MetadataFusion:
     """Deployment around `MetadataFusionLogic`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Recorder | None = None) -> None:
         self._slot = ModelSlot(MetadataFusionLogic)
+        self._model_info = ModelInfo(metrics or replica_metrics(), "MetadataFusion")
+        self._sampler = Sampler()
+        show_ids_in_log()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serves the bundle of a `ModelReference`; see `ModelSlot.use`."""
-        await self._slot.use(config)
+        self._sampler.start()
+        logic = await self._slot.use(config)
+        self._model_info.holds(self._slot.version, logic.digest)
 
     async def prepare(self, config: dict[str, Any]) -> str | None:
         """See `ModelSlot.prepare`."""
@@ -153,24 +161,33 @@ class MetadataFusion:
     async def model_state(self) -> dict[str, Any]:
         return self._slot.state()
 
-    async def fuse(self, log_probabilities: np.ndarray, records: list[Record | None]) -> FusedRisks:
+    async def fuse(
+        self, log_probabilities: np.ndarray, records: list[Record | None], request_ids: tuple[str, ...] = ()
+    ) -> FusedRisks:
         """See `MetadataFusionLogic.fuse`; no risks, beside the digest that says why, for scores of another model."""
         logic = self._slot.model
         if not logic.fits(log_probabilities):
             return FusedRisks(logic.digest, [])
-        if len(records) == 1:
-            return logic.fuse(log_probabilities, records)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, logic.fuse, log_probabilities, records)
+        with watched_call("fuse", len(records), request_ids):
+            if len(records) == 1:
+                return logic.fuse(log_probabilities, records)
+            run = asyncio.get_running_loop().run_in_executor
+            return await run(self._thread, logic.fuse, log_probabilities, records)
 
     async def fuse_patient(
-        self, log_probabilities: np.ndarray, records: list[Record | None], trusted: np.ndarray
+        self,
+        log_probabilities: np.ndarray,
+        records: list[Record | None],
+        trusted: np.ndarray,
+        request_ids: tuple[str, ...] = (),
     ) -> FusedRisks | None:
         """See `MetadataFusionLogic.fuse_patient`."""
         logic = self._slot.model
         if not logic.fits(log_probabilities):
             return FusedRisks(logic.digest, [])
-        fuse = logic.fuse_patient
-        return await asyncio.get_running_loop().run_in_executor(self._thread, fuse, log_probabilities, records, trusted)
+        with watched_call("fuse_patient", len(records), request_ids):
+            run = asyncio.get_running_loop().run_in_executor
+            return await run(self._thread, logic.fuse_patient, log_probabilities, records, trusted)
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self, request_ids: tuple[str, ...] = ()) -> dict[str, Any]:
         return self._slot.model.describe()

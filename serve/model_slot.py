@@ -44,6 +44,12 @@ class ModelSlot(Generic[Model]):
         assert self._held is not None, "Serve calls reconfigure before the first request"
         return self._held[1]
 
+    @property
+    def version(self) -> str:
+        """Of the model that is served."""
+        assert self._held is not None, "Serve calls reconfigure before the first request"
+        return self._held[0].version
+
     async def prepare(self, config: dict[str, Any]) -> str | None:
         """Loads the bundle of a `ModelReference` beside the model that is served, which goes on.
 

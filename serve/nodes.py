@@ -21,6 +21,7 @@ from serve.drift_logger import Ack, LogEntry
 from serve.errors import ApiError, unavailable
 from serve.image_scorer import ActivationMap, ImageScores
 from serve.metadata_fusion import FusedRisks
+from serve.request_ids import current_ids
 from serve.settings import ScorerSettings
 from serve.shared_calls import SharedCalls
 
@@ -71,11 +72,13 @@ def _rows(counts: list[int]) -> list[slice]:
 async def call_again(method: Any, *arguments: Any, retry_after_s: int) -> Any:
     """Calls a handle's method, again when the replica died under the call: scoring has no side effect.
 
+    The ids of the requests that it is for are added as the last argument.
+
     Raises:
         ApiError: 503 when the queue is full, the deployment failed, or replica after replica dies.
     """
     for attempt in range(1, _ATTEMPTS + 1):
-        response = method.remote(*arguments)
+        response = method.remote(*arguments, current_ids())
         try:
             return await response
         except asyncio.CancelledError:
@@ -200,10 +203,10 @@ class SidecarNode:
         self._write_method, self._find_method, self._ping_method = handle.write, handle.find, handle.ping
 
     async def write(self, entries: list[LogEntry]) -> Sequence[Ack | Exception]:
-        return await self._write_method.remote(entries)
+        return await self._write_method.remote(entries, current_ids())
 
     async def find(self, caller: str, keys: list[str]) -> list[PredictionRecord | None]:
-        return await self._find_method.remote(caller, keys)
+        return await self._find_method.remote(caller, keys, current_ids())
 
     async def ping(self) -> bool:
         return await self._ping_method.remote()

@@ -101,7 +101,7 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
             idempotency_key=parse_key(idempotency_key),
             caller=caller_of(request).name,
         )
-        (outcome,) = await service.predict([lesion])
+        (outcome,) = await service.predict([lesion], "/v1/predict")
         if isinstance(outcome, ApiError):
             raise outcome
         return Prediction.of(*outcome)
@@ -126,4 +126,4 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
         origin = parse_origin(patient_id, institution, device, acquired_at)
         caller = caller_of(request).name
         lesions = parse_lesions(files, metadata, origin, parse_key(idempotency_key), caller, service)
-        return list(map(_answer, await service.predict(lesions)))
+        return list(map(_answer, await service.predict(lesions, "/v1/predict/batch")))

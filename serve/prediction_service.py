@@ -18,6 +18,8 @@ from serve.errors import ApiError, invalid_field, unavailable
 from serve.explanation import Explanation, View
 from serve.lesion import LesionRequest, Origin, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
+from serve.metrics import ABSTENTIONS, PREDICTIONS, STAGE_SECONDS, NoMetrics, Recorder
+from serve.request_ids import SLOW_CALL_S
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings
 from serve.stage_clock import StageClock
@@ -43,13 +45,15 @@ class PredictionService:
         scoring: the way through the other nodes.
         log: returns once records are on disk.
         patient_key: secret behind patient pseudonyms.
+        metrics: what is told of every answer.
     """
 
-    def __init__(self, scoring: LesionScoring, log: DurableLog, patient_key: bytes):
+    def __init__(self, scoring: LesionScoring, log: DurableLog, patient_key: bytes, metrics: Recorder | None = None):
         self.scoring = scoring
         self.limits = scoring.limits
         self._log = log
         self._patient_key = patient_key
+        self._metrics = metrics or NoMetrics()
         self._model: ServedModel | None = None
 
     @property
@@ -87,10 +91,13 @@ class PredictionService:
             raise image
         return image.stored
 
-    async def predict(self, requests: Sequence[LesionRequest | ApiError], patient: bool = False) -> list[Outcome]:
+    async def predict(
+        self, requests: Sequence[LesionRequest | ApiError], route: str, patient: bool = False
+    ) -> list[Outcome]:
         """Answers lesions in order; an item that is an error already, or turns out to be one, stays one.
 
         Args:
+            route: where they came from, for the metrics.
             patient: all are one patient's, and each is compared with the others.
 
         Raises:
@@ -100,7 +107,7 @@ class PredictionService:
         staged = self._log.stage() if len(requests) > 1 else None
         try:
             return await self._until_rolled_out(
-                lambda model, deadline: self._attempt(requests, model, deadline, patient, staged)
+                lambda model, deadline: self._attempt(requests, model, deadline, route, patient, staged)
             )
         except BaseException:
             if staged is not None:
@@ -129,6 +136,7 @@ class PredictionService:
         requests: Sequence[LesionRequest | ApiError],
         model: ServedModel,
         deadline: float,
+        route: str,
         patient: bool,
         staged: StagedImages | None,
     ) -> list[Outcome]:
@@ -156,10 +164,21 @@ class PredictionService:
             stored = await self._write(entry)
             clock.end("log")
             stages = clock.stages()
+            self._count(stored, stages, route)
             for lesion, record in zip(scored, stored, strict=True):
                 request, image = todo[lesion.index], lesion.image
                 outcomes[lesion.index] = _same_or_conflict(request, image.stored.hash, record, stages)
         return [outcomes[index] for index in range(len(requests))]
+
+    def _count(self, records: Sequence[PredictionRecord], stages: Mapping[str, float], route: str) -> None:
+        for stage, milliseconds in stages.items():
+            self._metrics.record(STAGE_SECONDS, milliseconds / 1e3, route, stage)
+        for record in records:
+            self._metrics.record(PREDICTIONS, 1, route, record.band or "abstained", record.model_version)
+            for reason in record.reasons:
+                self._metrics.record(ABSTENTIONS, 1, reason, record.model_version)
+        if stages["total"] > SLOW_CALL_S * 1e3:
+            logger.warning("slow: %s with %d lesions took %s ms", route, len(records), stages)
 
     async def _find_known(
         self, requests: Mapping[int, LesionRequest], clock: StageClock

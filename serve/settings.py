@@ -16,7 +16,11 @@ APP_NAME = "dermray"
 
 # What a replica's process needs to have in its environment, whatever the cluster's. In throughput mode replicas talk
 # gRPC, whose messages end at 4 MiB unless told otherwise: a batch of pictures is larger.
-REPLICA_ENVIRONMENT = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20)}
+REPLICA_ENVIRONMENT = {
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
+    # Stands around Serve's handling of request ids, which takes any header for one, and answers 500 to one not UTF-8.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:http_middlewares",
+}
 
 
 class _Settings(BaseModel):

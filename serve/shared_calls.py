@@ -12,7 +12,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+from serve.request_ids import current_ids, join_ids, working_for
 
 logger = logging.getLogger("ray.serve")
 
@@ -20,8 +22,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class _Pending(NamedTuple, Generic[Item, Result]):
+    """An item that waits, its caller's future, since when (`time.monotonic()`), and for which requests."""
+
+    item: Item
+    future: asyncio.Future[Result]
+    since: float
+    request_ids: tuple[str, ...]
+
+
 class SharedCalls(Generic[Item, Result]):
-    """Collects submitted items and hands them on in order, in groups.
+    """Collects submitted items and hands them on in order, in groups; a call works for all the requests of its group.
 
     Args:
         call: takes a list of items and returns one result per item, in order; an exception instance among the results
@@ -54,22 +65,22 @@ class SharedCalls(Generic[Item, Result]):
         self._patience_s = patience_s
         self._enough = enough
         self._keep_cancelled = keep_cancelled
-        self._pending: deque[tuple[Item, asyncio.Future[Result], float]] = deque()
+        self._pending: deque[_Pending[Item, Result]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     async def submit(self, item: Item) -> Result:
         """Returns the item's result once its group's call has ended; raises what became of it otherwise."""
         future = asyncio.get_running_loop().create_future()
-        self._pending.append((item, future, time.monotonic()))
+        self._pending.append(_Pending(item, future, time.monotonic(), current_ids()))
         self._start()
         return await future
 
     def oldest_wait_s(self) -> float:
         """For how long the item that is next has waited for a call; 0.0 when none waits."""
-        while self._pending and self._pending[0][1].done() and not self._keep_cancelled:
+        while self._pending and self._pending[0].future.done() and not self._keep_cancelled:
             self._pending.popleft()
-        return time.monotonic() - self._pending[0][2] if self._pending else 0.0
+        return time.monotonic() - self._pending[0].since if self._pending else 0.0
 
     def _start(self) -> None:
         if not self._pending or len(self._tasks) >= self._concurrency:
@@ -109,7 +120,8 @@ class SharedCalls(Generic[Item, Result]):
             self._start()
             results: Sequence[Result | BaseException] = []
             try:
-                results = await self._call_for(group)
+                with working_for(join_ids(waiting.request_ids for waiting in group)):
+                    results = await self._call_for(group)
                 if len(results) != len(group):
                     raise RuntimeError(f"a call gave {len(results)} results for {len(group)} items")
             except Exception as error:
@@ -118,7 +130,7 @@ class SharedCalls(Generic[Item, Result]):
                 results = [RuntimeError("the call was cancelled")] * len(group)
                 raise
             finally:
-                for (_, future), result in zip(group, results, strict=True):
+                for (_, future, *_), result in zip(group, results, strict=True):
                     # Done already when its caller went away; setting it again would end this task.
                     if future.done():
                         continue
@@ -127,8 +139,8 @@ class SharedCalls(Generic[Item, Result]):
                     else:
                         future.set_result(result)
 
-    async def _call_for(self, group: list[tuple[Item, asyncio.Future[Result]]]) -> Sequence[Result | Exception]:
-        call = self._call([item for item, _ in group])
+    async def _call_for(self, group: list[_Pending[Item, Result]]) -> Sequence[Result | Exception]:
+        call = self._call([waiting.item for waiting in group])
         if self._keep_cancelled:
             return await call
         inner = asyncio.ensure_future(call)
@@ -140,7 +152,7 @@ class SharedCalls(Generic[Item, Result]):
             if waiting == 0:
                 inner.cancel()
 
-        for _, future in group:
+        for _, future, *_ in group:
             future.add_done_callback(on_done)
         try:
             return await inner
@@ -150,17 +162,17 @@ class SharedCalls(Generic[Item, Result]):
                 raise
             return [RuntimeError("nobody waits for this call")] * len(group)
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        group: list[tuple[Item, asyncio.Future[Result]]] = []
+    def _take(self) -> list[_Pending[Item, Result]]:
+        group: list[_Pending[Item, Result]] = []
         total = 0
         while self._pending and len(group) < self._max_items:
-            item, future, _ = self._pending[0]
-            if future.done() and not self._keep_cancelled:
+            waiting = self._pending[0]
+            if waiting.future.done() and not self._keep_cancelled:
                 self._pending.popleft()
                 continue
-            total += self._size(item)
+            total += self._size(waiting.item)
             if group and total > self._max_size:
                 break
             self._pending.popleft()
-            group.append((item, future))
+            group.append(waiting)
         return group

@@ -17,6 +17,7 @@ from serve.api import Prediction, Problem
 from serve.errors import ApiError
 from serve.lesion import LesionRequest, Origin, parse_metadata
 from serve.prediction_service import PredictionService
+from serve.request_ids import working_for
 from serve.settings import SubmissionSettings
 from store.submissions import Claim, claim_submissions, finish_submission, requeue_submission
 from store.tables import now_us
@@ -117,14 +118,16 @@ class SubmissionWorker:
         self._wake.set()
 
     async def _work(self, claim: Claim) -> None:
-        try:
-            outcome = await self._score(claim)
-            mine = await asyncio.to_thread(self._settle, claim, outcome)
-        except Exception as error:
-            logger.error("submission %s waits for the end of its lease: %r", claim.id, error)
-        else:
-            if not mine:
-                logger.error("submission %s was erased, or went to another worker, during its attempt", claim.id)
+        # The request that submitted it was answered long ago.
+        with working_for((f"submission:{claim.id}",)):
+            try:
+                outcome = await self._score(claim)
+                mine = await asyncio.to_thread(self._settle, claim, outcome)
+            except Exception as error:
+                logger.error("submission %s waits for the end of its lease: %r", claim.id, error)
+            else:
+                if not mine:
+                    logger.error("submission %s was erased, or went to another worker, during its attempt", claim.id)
 
     async def _score(self, claim: Claim) -> Prediction | ApiError:
         left_s = (claim.leased_until - now_us()) / 1e6 - _LEASE_MARGIN * self._settings.lease_s
@@ -138,7 +141,7 @@ class SubmissionWorker:
                 metadata = parse_metadata(request["metadata"], self._service.model.task)
                 origin = Origin(**{name: request[name] for name in _ORIGIN_FIELDS})
                 lesion = LesionRequest(image, metadata, origin, prediction_key(claim.id), claim.caller, stored=True)
-                (outcome,) = await self._service.predict([lesion])
+                (outcome,) = await self._service.predict([lesion], "/v1/submissions")
         except ApiError as error:
             return error
         except TimeoutError:

@@ -75,6 +75,6 @@ def add_triage_routes(api: FastAPI, service: PredictionService) -> None:
         files = [await image.read() for image in images]
         key, caller = parse_key(idempotency_key), caller_of(request).name
         lesions = parse_lesions(files, metadata, origin, key, caller, service)
-        outcomes = await service.predict(lesions, patient=True)
+        outcomes = await service.predict(lesions, "/v1/patients/triage", patient=True)
         versions = {outcome[0].model_version for outcome in outcomes if not isinstance(outcome, ApiError)}
         return rank_lesions(outcomes, next(iter(versions), service.model.reference.version))

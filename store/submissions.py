@@ -116,6 +116,14 @@ def _known_or_room(
     return None
 
 
+def count_pending(store: Store) -> dict[str, int]:
+    """Submissions that are not settled, by state: `QUEUED` and `RUNNING`."""
+    pending = submissions.c.state.in_((QUEUED, RUNNING))
+    query = sql.select(submissions.c.state, sql.func.count()).where(pending).group_by(submissions.c.state)
+    with store.reading() as connection:
+        return {QUEUED: 0, RUNNING: 0} | {state: number for state, number in connection.execute(query)}
+
+
 def claim_submissions(
     store: Store, limit: int, lease_us: int, max_attempts: int, exhausted: str, now: int | None = None
 ) -> list[Claim]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -214,6 +215,85 @@ def test_replicas_carry_the_code_of_the_release_and_nothing_of_training(service)
         assert [name for name in modules if name.split(".")[0] in FORBIDDEN] == [], deployment
         assert "working_dir_files" in origin, f"{deployment} runs {origin}, not the release"
         assert home == str(service.home)
+
+
+def exported(service: Service) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """What Prometheus scrapes from the node: labels and values by name, of the service's own figures."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    text = service.client.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for name, labels, value in re.findall(r"^(ray_dermray_\w+)(?:\{(.*)\})? (\S+)", text, re.MULTILINE):
+        found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
+    return found
+
+
+def lines_with(text: str) -> dict[str, list[str]]:
+    """Lines of the replicas' log files with this text, by deployment."""
+    found: dict[str, list[str]] = {}
+    for file in (Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve").glob("replica_*.log"):
+        deployment = file.name.split("_")[2]
+        found.setdefault(deployment, []).extend(line for line in file.read_text().splitlines() if text in line)
+    return {deployment: lines for deployment, lines in found.items() if lines}
+
+
+def test_the_nodes_tell_prometheus_what_they_do(service):
+    def count(name: str, **labels: str) -> float:
+        rows = exported(service).get(name, [])
+        return sum(value for row, value in rows if labels.items() <= row.items())
+
+    predictions, stages = "ray_dermray_predictions_total", "ray_dermray_stage_seconds"
+    before = count(predictions, route="/v1/predict"), count(f"{stages}_count", stage="total")
+    answers = [service.predict(seed).json() for seed in range(300, 306)]
+    assert service.client.post(f"{service.url}/v1/predict", files={"image": ("x", b"text")}).status_code == 415
+    wait_for(lambda: count(predictions, route="/v1/predict") == before[0] + 6, "the count of six predictions")
+    assert {row["model_version"] for row, _ in exported(service)[predictions]} == {service.config["model_version"]}
+    assert {answer["band"] for answer in answers} <= {row["band"] for row, _ in exported(service)[predictions]}
+    wait_for(lambda: count(f"{stages}_count", stage="total") == before[1] + 6, "the timings of six predictions")
+    seconds, number = count(f"{stages}_sum", stage="total"), count(f"{stages}_count", stage="total")
+    assert 0.001 < seconds / number < 10
+    problems = "ray_dermray_problems_total"
+    wait_for(lambda: count(problems, route="/v1/predict", status="415") >= 1, "the refused upload")
+    # Of the other nodes, each from its own process.
+    wait_for(lambda: count("ray_dermray_scorer_busy_seconds_total") > 0, "the network's time")
+    wait_for(lambda: count("ray_dermray_log_commit_rows_sum") >= 6, "the rows of the log")
+    wait_for(lambda: "ray_dermray_submissions_pending" in exported(service), "the queue of submissions")
+    now = exported(service)
+    held = {row["deployment"]: row["model_version"] for row, value in now["ray_dermray_model_info"] if value == 1}
+    assert held == dict.fromkeys(("Ingress", "ImageScorer", "MetadataFusion"), service.config["model_version"])
+    assert [value for _, value in now["ray_dermray_log_spooling"]] == [0]
+    assert all(row["replica"] for row, _ in now["ray_dermray_admission_inside"])
+
+
+def test_a_request_is_found_by_its_id_in_the_logs_of_the_nodes_that_it_went_through(service):
+    request_id = f"look-for-{time.time_ns()}"
+    answer = service.predict(310, **{"X-Request-ID": request_id})
+    assert answer.status_code == 200 and answer.headers.get_list("x-request-id") == [request_id]
+    # Serve's logger holds lines back; the service writes them out once a second.
+    found = wait_for(lambda: lines_with(request_id), "a line of the request", timeout_s=10)
+    assert "POST /v1/predict 200" in found["Ingress"][0]
+    # Serve would answer 500 to this one.
+    odd = service.client.get(f"{service.url}/healthz", headers={"X-Request-ID": b"\xff"})
+    assert odd.status_code == 200 and len(odd.headers["x-request-id"]) == 32
+
+    # An inner node that fails names the requests of the call.
+    (scorer,) = replicas("ImageScorer").values()
+    failing = f"failing-{time.time_ns()}"
+
+    def break_once(replica) -> None:
+        logic = replica._user_callable_wrapper._callable._logic
+        whole = logic.score
+
+        def fail(images):
+            logic.score = whole
+            raise RuntimeError("the network is broken, once")
+
+        logic.score = fail
+
+    ray.get(scorer.__ray_call__.remote(break_once), timeout=20)
+    assert service.predict(311, **{"X-Request-ID": failing}).status_code == 500
+    lines = lines_with(failing)
+    assert any(f"[requests {failing}] score of 1 failed" in line for line in lines["ImageScorer"])
+    assert service.predict(312).status_code == 200
 
 
 @pytest.mark.parametrize("deployment", ["ImageScorer", "MetadataFusion", "DriftLogger", "Ingress"])

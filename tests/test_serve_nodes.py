@@ -65,7 +65,7 @@ class Network:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, images, time_left_s):
+    async def __call__(self, images, time_left_s, request_ids=()):
         self.calls.append((len(images), time_left_s))
         await self.gate.wait()
         value = images[:, 0, 0, 0].astype(np.float32)
@@ -117,7 +117,7 @@ def test_no_call_has_more_pictures_than_the_network_takes_at_a_time():
 
 
 def test_an_answer_of_another_model_reaches_every_request_of_the_call():
-    async def another(images, time_left_s):
+    async def another(images, time_left_s, request_ids=()):
         return None
 
     async def scenario():
@@ -153,12 +153,12 @@ def test_a_call_whose_replica_died_is_made_again_and_a_full_queue_is_a_503(monke
     monkeypatch.setattr("serve.nodes._RETRY_S", 0.0)
     failures = [RayActorError(), RayActorError()]
 
-    async def dies(images, time_left_s):
+    async def dies(images, time_left_s, request_ids=()):
         if failures:
             raise failures.pop()
         return await Network()(images, time_left_s)
 
-    async def full(images, time_left_s):
+    async def full(images, time_left_s, request_ids=()):
         raise BackPressureError(num_queued_requests=9, max_queued_requests=8)
 
     async def scenario():
@@ -176,7 +176,7 @@ def test_a_call_whose_replica_died_is_made_again_and_a_full_queue_is_a_503(monke
 def test_lesions_of_several_requests_are_fused_in_one_call():
     calls = []
 
-    async def fuse(log_probabilities, records):
+    async def fuse(log_probabilities, records, request_ids=()):
         calls.append(len(records))
         risks = [FusedRisk("none", {}, float(row[0]), "low", 0.5) for row in log_probabilities]
         return FusedRisks("digest", risks)
@@ -214,7 +214,7 @@ def test_pictures_of_two_input_sizes_wait_together_while_a_model_is_rolled_out()
 
 
 def test_scores_that_cannot_be_fused_fail_alone():
-    async def fuse(log_probabilities, records):
+    async def fuse(log_probabilities, records, request_ids=()):
         if np.isnan(log_probabilities).any():
             raise ValueError("NaN")
         return FusedRisks("digest", [FusedRisk("none", {}, float(row[0]), "low", 0.5) for row in log_probabilities])

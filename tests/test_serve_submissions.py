@@ -709,7 +709,7 @@ def test_a_503_stays_an_error_and_no_answer(reference, places):
     async def story():
         async with running(reference, places) as replica:
 
-            async def refuse(requests):
+            async def refuse(requests, route):
                 return [ApiError(503, "unavailable", "away", 2) for _ in requests]
 
             replica.service.predict = refuse

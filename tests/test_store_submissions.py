@@ -12,6 +12,7 @@ from store.submissions import (
     QueueFullError,
     check_submission,
     claim_submissions,
+    count_pending,
     erase_submissions,
     find_submission,
     finish_submission,
@@ -55,6 +56,17 @@ def test_what_was_submitted_is_claimed_oldest_first_with_what_to_score(store):
     assert {(one.caller, one.attempts) for one in first} == {("clinic", 1)}
     assert [one.id for one in claim(store)] == ids[3:] and claim(store) == []
     assert store.image_suffix("h") == ".jpg"
+
+
+def test_what_is_not_settled_is_counted_by_state(store):
+    assert count_pending(store) == {"queued": 0, "running": 0}
+    for number in range(4):
+        submit(store, acquired_at=number)
+    first, second = claim(store, limit=2)
+    assert count_pending(store) == {"queued": 2, "running": 2}
+    finish_submission(store, first, {"risk": 0.1})
+    requeue_submission(store, second, now_us(), SPENT)
+    assert count_pending(store) == {"queued": 3, "running": 0}
 
 
 def test_threads_that_claim_at_once_share_the_queue_and_nothing_twice(store):

@@ -1,0 +1,219 @@
+"""Every figure of the service that Prometheus can scrape from Ray, in one table, and how it is recorded.
+
+The nodes' logic gets a `Recorder`; in a replica it is `RayMetrics`. Ray exports what is here with the prefix `ray_`,
+and counters with the suffix `_total`; docs/observability.md explains each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        labels: their values are few: routes, stages, reasons, error codes, versions; never what a client sent.
+        buckets: upper bounds of a histogram's.
+        per_replica: whether it also has the label `replica`; without it those of one node would overwrite each other.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    description: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    per_replica: bool = False
+
+    @property
+    def tag_keys(self) -> tuple[str, ...]:
+        """All labels, in the order in which their values are recorded."""
+        return (*self.labels, "replica") if self.per_replica else self.labels
+
+    @property
+    def exported_name(self) -> str:
+        """As Prometheus sees it; a histogram has `_bucket`, `_count` and `_sum` of it."""
+        return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
+
+
+STAGE_SECONDS = Metric(
+    "dermray_stage_seconds",
+    "histogram",
+    "Time of a request in a stage: lookup, decode, score, fuse, log; total is all of it.",
+    ("route", "stage"),
+    _SECONDS,
+)
+PREDICTIONS = Metric(
+    "dermray_predictions",
+    "counter",
+    "Lesions answered and logged, by band of risk; band abstained: answered without a risk.",
+    ("route", "band", "model_version"),
+)
+ABSTENTIONS = Metric(
+    "dermray_abstentions",
+    "counter",
+    "Reasons for which the model gave no risk; a lesion may have several.",
+    ("reason", "model_version"),
+)
+PROBLEMS = Metric(
+    "dermray_problems",
+    "counter",
+    "Requests answered with a 4xx or 5xx, by the error code of the answer.",
+    ("route", "status", "error"),
+)
+ADMISSION_REFUSALS = Metric(
+    "dermray_admission_refusals", "counter", "Requests refused at the door because the service was full (503)."
+)
+ADMISSION_INSIDE = Metric(
+    "dermray_admission_inside", "gauge", "Requests that need the network and have been let in.", per_replica=True
+)
+ADMISSION_WAITING = Metric(
+    "dermray_admission_waiting",
+    "gauge",
+    "Requests outside, waiting for a place or for their refusal.",
+    per_replica=True,
+)
+SCORER_PICTURES = Metric(
+    "dermray_scorer_pictures", "histogram", "Pictures that the network scored in one run.", (), _COUNTS
+)
+SCORER_BUSY_SECONDS = Metric(
+    "dermray_scorer_busy_seconds", "counter", "Time that the network was running.", per_replica=True
+)
+LOG_COMMIT_SECONDS = Metric(
+    "dermray_log_commit_seconds",
+    "histogram",
+    "Time to put pictures and rows of one commit on disk; outcome: ok, or error.",
+    ("outcome",),
+    _SECONDS,
+)
+LOG_COMMIT_ROWS = Metric("dermray_log_commit_rows", "histogram", "Predictions in one commit.", (), _COUNTS)
+LOG_SPOOLING = Metric(
+    "dermray_log_spooling",
+    "gauge",
+    "1 while an ingress replica writes to its local spool because the drift logger does not answer, else 0.",
+    per_replica=True,
+)
+LOG_SPOOL_PENDING = Metric(
+    "dermray_log_spool_pending",
+    "gauge",
+    "Batches of predictions in the spool of a replica's node.",
+    per_replica=True,
+)
+SUBMISSIONS_PENDING = Metric(
+    "dermray_submissions_pending", "gauge", "Submissions in the store that are not settled.", ("state",)
+)
+MODEL_INFO = Metric(
+    "dermray_model_info",
+    "gauge",
+    "1 for the model that a replica holds, 0 for one that it held before.",
+    ("deployment", "model_version", "digest"),
+    per_replica=True,
+)
+
+METRICS: tuple[Metric, ...] = (
+    STAGE_SECONDS,
+    PREDICTIONS,
+    ABSTENTIONS,
+    PROBLEMS,
+    ADMISSION_REFUSALS,
+    ADMISSION_INSIDE,
+    ADMISSION_WAITING,
+    SCORER_PICTURES,
+    SCORER_BUSY_SECONDS,
+    LOG_COMMIT_SECONDS,
+    LOG_COMMIT_ROWS,
+    LOG_SPOOLING,
+    LOG_SPOOL_PENDING,
+    SUBMISSIONS_PENDING,
+    MODEL_INFO,
+)
+
+
+class Recorder(Protocol):
+    """Where figures go."""
+
+    def record(self, metric: Metric, value: float, *labels: str) -> None:
+        """Adds to a counter, sets a gauge, or puts a value into a histogram.
+
+        Args:
+            labels: the values of `metric.labels`, in order.
+        """
+        ...
+
+
+class NoMetrics:
+    """Records nothing."""
+
+    def record(self, metric: Metric, value: float, *labels: str) -> None:
+        pass
+
+
+class RayMetrics:
+    """Records for Ray, which every node's agent exports; made when a replica starts.
+
+    Args:
+        replica: the label of figures that each replica has its own of.
+    """
+
+    def __init__(self, replica: str):
+        from ray.util import metrics
+
+        self._replica = replica
+        self._write: dict[str, Callable[..., None]] = {}
+        self._tags: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+        for metric in METRICS:
+            arguments: dict[str, Any] = {"description": metric.description, "tag_keys": metric.tag_keys}
+            if metric.kind == "histogram":
+                arguments["boundaries"] = list(metric.buckets)
+                self._write[metric.name] = metrics.Histogram(metric.name, **arguments).observe
+            elif metric.kind == "counter":
+                self._write[metric.name] = metrics.Counter(metric.name, **arguments).inc
+            else:
+                self._write[metric.name] = metrics.Gauge(metric.name, **arguments).set
+
+    def record(self, metric: Metric, value: float, *labels: str) -> None:
+        if metric.kind == "counter" and value == 0:
+            return  # Ray refuses it
+        tags = self._tags.get((metric.name, labels))
+        if tags is None:
+            values = (*labels, self._replica) if metric.per_replica else labels
+            tags = self._tags[metric.name, labels] = dict(zip(metric.tag_keys, values, strict=True))
+        self._write[metric.name](value, tags)
+
+
+def replica_metrics() -> Recorder:
+    """Those of the Serve replica that this process is; none where it is no replica."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return RayMetrics(serve.get_replica_context().replica_id.unique_id)
+    except RayServeException:
+        return NoMetrics()
+
+
+class ModelInfo:
+    """Says which model a replica holds.
+
+    Args:
+        deployment: the node's name.
+    """
+
+    def __init__(self, metrics: Recorder, deployment: str):
+        self._metrics = metrics
+        self._deployment = deployment
+        self._labels: tuple[str, ...] | None = None
+
+    def holds(self, version: str, digest: str) -> None:
+        """This model from now on."""
+        labels = (self._deployment, version, digest[:12])
+        if self._labels not in (None, labels):
+            self._metrics.record(MODEL_INFO, 0, *self._labels)
+        self._metrics.record(MODEL_INFO, 1, *labels)
+        self._labels = labels

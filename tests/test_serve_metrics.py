@@ -1,0 +1,317 @@
+"""What an operator reads in Prometheus is what happened, under names that the documentation explains."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from serve.admission import Admission
+from serve.drift_logger import DriftLogger, LogEntry
+from serve.durable_log import DurableLog
+from serve.gauges import watch_admission, watch_log
+from serve.image_scorer import ImageScorer, ScoreCall
+from serve.ingress import build_api
+from serve.metadata_fusion import MetadataFusion
+from serve.metrics import (
+    ABSTENTIONS,
+    ADMISSION_INSIDE,
+    ADMISSION_REFUSALS,
+    ADMISSION_WAITING,
+    LOG_COMMIT_ROWS,
+    LOG_COMMIT_SECONDS,
+    LOG_SPOOL_PENDING,
+    LOG_SPOOLING,
+    METRICS,
+    MODEL_INFO,
+    PREDICTIONS,
+    PROBLEMS,
+    SCORER_BUSY_SECONDS,
+    SCORER_PICTURES,
+    STAGE_SECONDS,
+    SUBMISSIONS_PENDING,
+    ModelInfo,
+    NoMetrics,
+    RayMetrics,
+    replica_metrics,
+)
+from serve.prediction_service import PredictionService
+from serve.sampling import Sampler
+from serve.served_model import ServedModel
+from serve.settings import AdmissionSettings, DriftLoggerSettings, ScorerSettings
+from store.database import StoreUnavailableError
+from tests.bundle_factory import (
+    LocalFusion,
+    LocalScorer,
+    backend,
+    blank_image,
+    lesion_image,
+    lesion_rule,
+    served_bundle,
+)
+from tests.figures import Figures
+from tests.local_service import LocalService
+from tests.test_serve_drift_logger import entry
+from tests.tiny_bundle import SIZE
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "observability.md"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return served_bundle(tmp_path_factory.mktemp("metrics") / "bundle", version="7", abstention=lesion_rule())
+
+
+@pytest.fixture(scope="module")
+def nodes(reference):
+    return LocalScorer(reference), LocalFusion(reference)
+
+
+class Observed(LocalService):
+    """A service that tells its figures."""
+
+    def __init__(self, reference, nodes, home):
+        super().__init__(reference, home, nodes=nodes)
+        self.figures = Figures()
+        durable = DurableLog(self.sidecar, self.log, DriftLoggerSettings(attempts=1, replay_interval_s=60))
+        self.service = PredictionService(self.service.scoring, durable, b"a test's secret", self.figures)
+        self.service.use_model(ServedModel.load(reference))
+        behind = dataclasses.replace(backend(self.service, self.log), metrics=self.figures)
+        self.client = TestClient(build_api(behind), raise_server_exceptions=False)
+
+    def predict(self, image, route="/v1/predict", field="image", **headers):
+        return self.client.post(route, files=[(field, ("x", one)) for one in image], headers=headers)
+
+
+@pytest.fixture
+def observed(reference, nodes, dermray_home):
+    return Observed(reference, nodes, dermray_home)
+
+
+def test_an_answer_is_counted_with_the_timings_that_it_tells(observed):
+    answer = observed.predict([lesion_image(2000)]).json()
+    assert observed.figures.values(PREDICTIONS, "/v1/predict", answer["band"], "7") == [1]
+    stages = answer["stage_ms"]
+    assert observed.figures.labels(STAGE_SECONDS) == {("/v1/predict", stage) for stage in stages}
+    assert {"decode", "score", "fuse", "log", "total"} <= set(stages)
+    for stage, milliseconds in stages.items():
+        assert observed.figures.values(STAGE_SECONDS, "/v1/predict", stage) == [milliseconds / 1e3]
+    assert observed.figures.labels(PROBLEMS) == set()
+
+
+def test_a_repeated_request_is_no_second_prediction(observed):
+    first, second = (observed.predict([lesion_image(2000)], **{"Idempotency-Key": "visit"}).json() for _ in range(2))
+    assert first["prediction_id"] == second["prediction_id"]
+    assert observed.figures.values(PREDICTIONS, "/v1/predict", first["band"], "7") == [1]
+    assert len(observed.figures.values(STAGE_SECONDS, "/v1/predict", "lookup")) == 1
+
+
+def test_a_batch_counts_every_lesion_and_the_reasons_of_those_without_a_risk(observed):
+    answers = observed.predict(
+        [lesion_image(2000), blank_image(), blank_image(255), b"text"], "/v1/predict/batch", "images"
+    ).json()
+    abstained = [answer for answer in answers if answer.get("abstained")]
+    assert len(abstained) == 2 and "error" in answers[3]
+    figures, route = observed.figures, "/v1/predict/batch"
+    assert figures.values(PREDICTIONS, route, "abstained", "7") == [1, 1]
+    assert figures.values(PREDICTIONS, route, answers[0]["band"], "7") == [1]
+    told = {reason: len(figures.values(ABSTENTIONS, reason, "7")) for reason, _ in figures.labels(ABSTENTIONS)}
+    expected: dict[str, int] = {}
+    for answer in abstained:
+        for reason in answer["reasons"]:
+            expected[reason] = expected.get(reason, 0) + 1
+    assert told == expected and told
+    assert len(figures.values(STAGE_SECONDS, route, "total")) == 1
+
+
+def test_every_refusal_is_counted_by_route_and_code_and_no_client_makes_up_a_label(observed):
+    figures = observed.figures
+    assert observed.predict([b"text"]).status_code == 415
+    assert observed.client.get("/v1/predictions/no-such-id").status_code == 404
+    assert observed.client.get("/v1/predictions/another").status_code == 404
+    assert observed.client.get("/nowhere/at/all").status_code == 404
+    assert observed.client.delete("/v1/predict").status_code == 405
+    assert figures.labels(PROBLEMS) == {
+        ("/v1/predict", "415", "unsupported_media_type"),
+        ("/v1/predictions/{prediction_id}", "404", "not_found"),
+        ("other", "404", "not_found"),
+        ("/v1/predict", "405", "method_not_allowed"),
+    }
+    assert figures.values(PROBLEMS, "/v1/predictions/{prediction_id}", "404", "not_found") == [1, 1]
+    assert figures.labels(PREDICTIONS) == set()
+
+
+def test_a_fault_of_the_service_is_counted_too(observed, monkeypatch):
+    async def fail(*_):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(observed.service, "predict", fail)
+    assert observed.predict([lesion_image()]).status_code == 500
+    assert observed.figures.labels(PROBLEMS) == {("/v1/predict", "500", "internal_error")}
+
+
+def test_admission_tells_who_is_inside_who_waits_and_how_many_were_refused():
+    async def scenario():
+        figures, sampler = Figures(), Sampler()
+        settings = AdmissionSettings(max_requests=2, patience_s=30, max_waiting=1)
+        admission = Admission(settings, lambda: 0.0, 1)
+        watch_admission(sampler, figures, admission)
+        for _ in range(2):
+            await admission.enter(1)
+        waiting = asyncio.create_task(admission.enter(1))
+        await asyncio.sleep(0)
+        for _ in range(3):
+            with pytest.raises(Exception, match="max_waiting"):
+                await admission.enter(1)
+        await sampler.sample()
+        admission.leave(1)
+        await waiting
+        admission.leave(1)
+        await sampler.sample()
+        assert figures.values(ADMISSION_INSIDE) == [2, 1]
+        assert figures.values(ADMISSION_WAITING) == [1, 0]
+        assert figures.values(ADMISSION_REFUSALS) == [3, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_service_that_spools_says_so_and_how_much(observed):
+    async def scenario():
+        figures, sampler = Figures(), Sampler()
+        durable = DurableLog(observed.sidecar, observed.log, DriftLoggerSettings(attempts=1, replay_interval_s=60))
+        watch_log(sampler, figures, durable, observed.log)
+        await sampler.sample()
+        observed.sidecar.down = ConnectionError("away")
+        await durable.write(entry(1))
+        await sampler.sample()
+        assert figures.values(LOG_SPOOLING) == [0, 1]
+        assert figures.values(LOG_SPOOL_PENDING) == [0, 1]
+
+    asyncio.run(scenario())
+
+
+def test_the_scorer_tells_pictures_per_run_and_the_time_that_the_network_ran(reference):
+    async def scenario():
+        figures = Figures()
+        scorer = ImageScorer(ScorerSettings().model_dump(), figures)
+        await scorer.reconfigure(reference.model_dump())
+        # Without Serve's batching around it, which needs a replica.
+        run = ImageScorer._run.__wrapped__
+        late, later = time.monotonic() - 1, time.monotonic() + 60
+
+        def call(number, size=SIZE, deadline=later):
+            return ScoreCall(np.zeros((number, size, size, 3), np.uint8), deadline)
+
+        # What does not fit the model, or comes too late, is not run.
+        answers = await run(scorer, [call(3), call(1, size=SIZE + 1), call(2), call(1, deadline=late)])
+        assert [None if answer is None else len(answer.projections) for answer in answers] == [3, None, 2, None]
+        await run(scorer, [call(1)])
+        await run(scorer, [call(1, deadline=late)])
+        assert figures.values(SCORER_PICTURES) == [5, 1]
+        busy = figures.values(SCORER_BUSY_SECONDS)
+        assert len(busy) == 2 and all(0 < seconds < 5 for seconds in busy)
+        assert figures.values(MODEL_INFO, "ImageScorer", "7", reference.sha256[:12]) == [1]
+
+    asyncio.run(scenario())
+
+
+def test_the_model_of_before_is_told_to_be_gone(reference):
+    figures = Figures()
+    info = ModelInfo(figures, "Ingress")
+    for version, digest in (("7", "a" * 64), ("7", "a" * 64), ("8", "b" * 64), ("7", "a" * 64)):
+        info.holds(version, digest)
+    assert figures.values(MODEL_INFO, "Ingress", "7", "a" * 12) == [1, 1, 0, 1]
+    assert figures.values(MODEL_INFO, "Ingress", "8", "b" * 12) == [1, 0]
+
+
+def test_the_sidecar_tells_commits_that_worked_and_those_that_did_not(observed, monkeypatch):
+    async def scenario():
+        figures = Figures()
+        places = {
+            "store_url": observed.log.store_url,
+            "images_url": observed.log.image_files.url,
+            "spool_dir": str(observed.log.spool.directory),
+            "patient_key_file": "/not/read",
+        }
+        sidecar = DriftLogger(places, figures)
+        both = entry(1)
+        more = LogEntry(both.records + entry(2).records, both.images | entry(2).images)
+        assert await sidecar.write([more]) == [None]
+
+        def away(_):
+            raise StoreUnavailableError("locked")
+
+        monkeypatch.setattr(sidecar._logic, "commit", away)
+        with pytest.raises(StoreUnavailableError):
+            await sidecar.write([entry(3)])
+        assert len(figures.values(LOG_COMMIT_SECONDS, "ok")) == len(figures.values(LOG_COMMIT_SECONDS, "error")) == 1
+        assert figures.values(LOG_COMMIT_ROWS) == [2]
+
+        files = {"image": ("x", lesion_image(2005))}
+        assert observed.client.post("/v1/submissions", files=files).status_code == 202
+        await sidecar._sampler.sample()
+        assert figures.values(SUBMISSIONS_PENDING, "queued")[-1] == 1
+        assert figures.values(SUBMISSIONS_PENDING, "running")[-1] == 0
+        await sidecar._sampler.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_figure_that_cannot_be_read_stops_no_other(caplog):
+    async def scenario():
+        sampler, read = Sampler(interval_s=0.001), []
+
+        def fail():
+            raise OSError("disk")
+
+        on_loop = threading.get_ident()
+        sampler.add(fail)
+        sampler.add(lambda: read.append("quick"))
+        sampler.add_slow(fail)
+        sampler.add_slow(lambda: read.append(threading.get_ident() != on_loop))
+        sampler.start()
+        sampler.start()
+        while read.count("quick") < 3:
+            await asyncio.sleep(0.001)
+        await sampler.stop()
+        told = len(read)
+        await asyncio.sleep(0.01)
+        assert len(read) == told, "it goes on after its end"
+        # The slow ones are asked seldom, and off the event loop.
+        assert read.count(True) == 1 and False not in read
+
+    asyncio.run(scenario())
+    assert "disk" in caplog.text
+
+
+def test_ray_takes_every_metric_with_its_labels():
+    """Ray refuses wrong names, labels and buckets; it needs no cluster for that."""
+    metrics = RayMetrics("replica")
+    for metric in METRICS:
+        for value in (0, 1.5):
+            metrics.record(metric, value, *metric.labels)
+        with pytest.raises(ValueError):
+            metrics.record(metric, 1, *metric.labels, "one too many")
+    assert isinstance(replica_metrics(), NoMetrics), "this process is no replica"
+    assert asyncio.run(_fusion_without_serve()) == "ok"
+
+
+async def _fusion_without_serve():
+    MetadataFusion()
+    return "ok"
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists():
+    rows = re.findall(r"^\| `(ray_dermray_\w+)` \| (\w+) \|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    documented = {(name, kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert documented == {(metric.exported_name, metric.kind, metric.tag_keys) for metric in METRICS}
+    known = {metric.exported_name for metric in METRICS}
+    named = set(re.findall(r"\bray_dermray_\w+", PAGE.read_text()))
+    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in named} == known
