@@ -97,8 +97,8 @@ class SharedCalls(Generic[Item, Result]):
 
     def _has_enough(self) -> bool:
         total = 0
-        for item, future, _ in self._pending:
-            total += self._size(item) if self._keep_cancelled or not future.done() else 0
+        for waiting in self._pending:
+            total += self._size(waiting.item) if self._keep_cancelled or not waiting.future.done() else 0
             if total >= self._enough:
                 return True
         return False

@@ -367,9 +367,9 @@ def test_the_routes_are_documented_with_their_errors(served):
         ("/v1/predictions", "get"): {"200", "422", "503"},
         ("/v1/predictions/{prediction_id}", "get"): {"200", "404", "422", "503"},
         ("/v1/predictions/{prediction_id}/image", "get"): {"200", "304", "404", "422", "503"},
-        ("/v1/labels", "post"): {"200", "201", "400", "404", "413", "422", "503"},
+        ("/v1/labels", "post"): {"200", "201", "400", "404", "408", "413", "422", "503"},
         ("/v1/alarms", "get"): {"200", "422", "503"},
-        ("/v1/alarms/{alarm_id}/acknowledge", "post"): {"200", "400", "404", "413", "422", "503"},
+        ("/v1/alarms/{alarm_id}/acknowledge", "post"): {"200", "400", "404", "408", "413", "422", "503"},
         ("/v1/monitoring/summary", "get"): {"200", "422", "503"},
         ("/v1/patients/{patient_id}", "delete"): {"200", "422", "503"},
     }

@@ -167,7 +167,7 @@ def test_a_request_whose_scores_fail_leaves_no_picture_behind(reference, places)
 
     async def scenario():
         with pytest.raises(ApiError, match="the scorer is gone"):
-            await service.predict(requests)
+            await service.predict(requests, "/v1/predict/batch")
         await until(lambda: not image_files(places))
 
     asyncio.run(scenario())
@@ -179,7 +179,8 @@ def test_a_batch_answers_with_every_picture_on_disk(reference, places):
     sidecar = LocalSidecar(places)
     service = prediction_service((LocalScorer(reference), LocalFusion(reference)), DurableLog(sidecar, log, SETTINGS))
     service.use_model(ServedModel.load(reference))
-    outcomes = asyncio.run(service.predict([LesionRequest(lesion_image(index)) for index in range(20)]))
+    requests = [LesionRequest(lesion_image(index)) for index in range(20)]
+    outcomes = asyncio.run(service.predict(requests, "/v1/predict/batch"))
     (entries,) = sidecar.calls
     assert len(entries[0].on_disk) == 20, "all were written ahead"
     for record, _ in outcomes:
