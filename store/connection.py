@@ -15,8 +15,8 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from store.tables import SCHEMA_VERSION, schema, schema_version
 
-# How long a writer waits for SQLite's one write lock: many times what the longest of our transactions takes, and half of
-# what a request may take, so that a route still answers 503 itself.
+# How long a writer waits for SQLite's one write lock: many times what the longest of our transactions takes, and half
+# of what a request may take, so that a route still answers 503 itself.
 BUSY_TIMEOUT_MS = 15_000
 # The same for a statement on PostgreSQL, where it counts the wait for another's lock too.
 STATEMENT_TIMEOUT_MS = BUSY_TIMEOUT_MS
@@ -30,8 +30,8 @@ _POOL_TIMEOUT_S = 5
 _POSTGRESQL: Mapping[str, Any] = {
     # A lost SYN is sent again after 1 and 3 s. It also ends the wait for a server that accepts and does not answer.
     "connect_timeout": 5,
-    # A server that is gone without a word is noticed after 10 + 3 * 5 s of silence, where the system's defaults wait two
-    # hours, and after 15 s where something that was sent to it is not acknowledged.
+    # A server that is gone without a word is noticed after 10 + 3 * 5 s of silence (by default, after two hours), and
+    # after 15 s where something that was sent to it is not acknowledged.
     "keepalives": 1,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
