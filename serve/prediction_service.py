@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,6 +125,7 @@ class PredictionService:
         todo = {i: item for i, item in enumerate(requests) if isinstance(item, LesionRequest)}
         known = await self._find_known(todo, clock)
         if known:
+            _check_comparison(known.values(), patient)
             # A patient's lesions are stored together: what is missing beside them was refused before, or is new.
             looked_at = list(todo) if patient else list(known)
             # A known one's picture is looked at all the same: the key may have come with another one.
@@ -147,8 +148,7 @@ class PredictionService:
             stored = await self._write(entry)
             clock.end("log")
             stages = clock.stages()
-            if patient and len({_is_of(record, own) for record, own in zip(stored, records, strict=True)}) > 1:
-                raise _other_lesions()
+            _check_comparison(stored, patient)
             for lesion, record in zip(scored, stored, strict=True):
                 request, image = todo[lesion.index], lesion.image
                 outcomes[lesion.index] = self._same_or_conflict(request, image.stored.hash, record, stages, patient)
@@ -290,10 +290,11 @@ def _logged_metadata(request: LesionRequest) -> dict[str, Any]:
 
 
 def _other_lesions() -> ApiError:
-    """Ranks of one answer come from one comparison, and no lesion is stored a second time under its key."""
     return invalid_field("Idempotency-Key: this key was used with other lesions of a patient; send a new one")
 
 
-def _is_of(stored: PredictionRecord, own: PredictionRecord) -> bool:
-    """Whether a stored record is the one that was just sent, not one of an earlier request under the same key."""
-    return (stored.id, stored.received_at, stored.risk) == (own.id, own.received_at, own.risk)
+def _check_comparison(stored: Iterable[PredictionRecord], patient: bool) -> None:
+    """Refuses to rank what was not compared: stored lesions of two requests that came under one key at one time, one
+    with more lesions than the other. The records of one request have its time."""
+    if patient and len({record.received_at for record in stored}) > 1:
+        raise _other_lesions()
