@@ -6,24 +6,28 @@ Serve replicas import this module: it imports no ray, no pandas, no mlflow, no e
 from __future__ import annotations
 
 import hmac
+import logging
 import math
+import threading
 import uuid
 from collections.abc import Collection, Mapping, Sequence, Set
-from functools import cached_property
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modeling.image_limits import QUALITY_NAMES as QUALITY_NAMES
-from store.database import Store, StoreUnavailableError, open_store
-from store.erasure import images_in_use
+from store.database import LOG_WRITER, Inserted, Store, StoreUnavailableError, open_store
+from store.erasure import PatientErasure, images_in_use
 from store.image_files import ImageFiles, image_suffix
 from store.spool import Spool
 from store.tables import now_us
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING_DIM = 64
 EMBEDDING_NAMES = tuple(f"embedding_{index:02d}" for index in range(EMBEDDING_DIM))
@@ -121,17 +125,38 @@ class PredictionLog:
         self.store_url = store_url
         self.image_files = ImageFiles(images_url)
         self.spool = Spool(spool_dir)
+        self._lock = threading.Lock()
+        self._opening: Future[Store] | None = None
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        return open_store(self.store_url)
+        """The store, opened once.
+
+        Threads that ask while it is being opened share the attempt and its failure: behind a database that hangs, each
+        would else wait for those before it, and then for its own.
+
+        Raises:
+            ValueError, StoreUnavailableError: see `open_store`; the next call tries again.
+        """
+        with self._lock:
+            opening, mine = self._opening, self._opening is None
+            if opening is None:
+                opening = self._opening = Future()
+        if mine:
+            try:
+                opening.set_result(open_store(self.store_url))
+            except BaseException as error:
+                self._opening = None
+                opening.set_exception(error)
+        return opening.result()
 
     def write(
         self, records: Sequence[PredictionRecord], images: Mapping[str, bytes], on_disk: Set[str] = frozenset()
-    ) -> int:
-        """Puts images (stored bytes by hash) on disk, then all rows in one transaction; returns how many were new.
+    ) -> Inserted:
+        """Puts images (stored bytes by hash) on disk, then all rows in one transaction.
 
-        Idempotent on record id and on (caller, idempotency key): the first row stays.
+        Idempotent on record id and on (caller, idempotency key): the first row stays. A record whose patient was erased
+        after it was received is left out, and its image with it.
 
         Args:
             on_disk: which of the images `image_files.put_many` has written before; one that is gone is written again.
@@ -150,7 +175,7 @@ class PredictionLog:
         self.spool.append([record.to_row() for record in records], images)
 
     def replay_spool(self) -> int:
-        """Writes all spooled batches to the store; returns the rows replayed.
+        """Writes all spooled batches to the store; returns the rows replayed, late ones of erased patients included.
 
         Raises:
             StoreUnavailableError: the store is still away; the rest stays spooled.
@@ -183,7 +208,7 @@ class PredictionLog:
 
     def _write_rows(
         self, rows: list[dict[str, Any]], images: Mapping[str, bytes], on_disk: Set[str] = frozenset()
-    ) -> int:
+    ) -> Inserted:
         try:
             # Shared: an erasure may not remove a file between its writing and the row that needs it.
             with self.image_files.locked(exclusive=False):
@@ -203,9 +228,20 @@ class PredictionLog:
                     {"hash": name, "suffix": image_suffix(data), "num_bytes": len(data), "stored_at": stored_at}
                     for name, data in images.items()
                 ]
-                return self.store.insert_predictions(rows, image_rows)
+                inserted = self.store.insert_predictions(rows, image_rows)
         except OSError as error:
             raise StoreUnavailableError(f"images cannot be written to {self.image_files.url}: {error}") from error
+        for patient in {rows[place]["patient_hmac"] for place in inserted.late}:
+            self._remove_late_images(patient)
+        return inserted
+
+    def _remove_late_images(self, patient: str) -> None:
+        logger.warning("records of a patient who was erased after they were received were left out")
+        try:
+            PatientErasure(self.store, self.image_files, self.spool).remove_files(patient, LOG_WRITER)
+        except (OSError, StoreUnavailableError) as error:
+            # The other records are stored. The audit trail lists the pictures, for the next erasure of this patient.
+            logger.error("pictures of erased patient %s remain, erase again: %s", patient[:12], error)
 
 
 def read_window(store: Store, start_us: int, end_us: int, role: str = "champion") -> pd.DataFrame:

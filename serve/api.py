@@ -139,6 +139,9 @@ class ModelCard(BaseModel):
     notice: str
 
 
+ERASED: dict[int | str, dict[str, Any]] = {
+    410: {"model": Problem, "description": "the patient was erased while this was under way; nothing of it is kept"}
+}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}
     for status, description in {

@@ -22,7 +22,7 @@ _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 def add_candidate_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -> None:
     """`GET /v1/candidates` and `POST /v1/candidates/{version}/approve`."""
-    records = StoreCalls(log, retry_after_s)
+    records = StoreCalls(log, retry_after_s, "candidates", threads=1)
     bad = {status: PROBLEMS[status] for status in (400, 408, 413, 422)}
     decided = {
         status: {"model": Problem, "description": description}

@@ -6,6 +6,7 @@ Images first, then one transaction for everything that waits; a call returns onc
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from serve.sampling import Sampler
 from serve.settings import StorageSettings
 from serve.shared_calls import SharedCalls
 from store.database import StoreUnavailableError
+from store.erased_patients import PatientErasedError
 from store.submissions import count_pending
 
 logger = logging.getLogger("ray.serve")
@@ -58,13 +60,14 @@ class DriftLoggerLogic:
         self._log = log
 
     def commit(self, entries: Sequence[LogEntry]) -> list[Ack | Exception]:
-        """Commits all entries; per entry what its caller may answer, or why the store refuses this one.
+        """Commits all entries; per entry what its caller may answer, or why the store refuses this one: a
+        PatientErasedError where its patient was erased after it was received.
 
         Raises:
             StoreUnavailableError: nothing was committed for sure; the same entries may be sent again.
         """
         try:
-            self._write(entries)
+            late = self._write(entries)
         except StoreUnavailableError:
             raise
         except Exception as error:
@@ -72,12 +75,19 @@ class DriftLoggerLogic:
                 return [error]
             # One entry that the store refuses must not take its neighbours along.
             return [result for entry in entries for result in self.commit([entry])]
-        return [self._ack(entry) for entry in entries]
+        return [
+            PatientErasedError("the patient was erased after this was received") if any_late else self._ack(entry)
+            for entry, any_late in zip(entries, late, strict=True)
+        ]
 
-    def _write(self, entries: Sequence[LogEntry]) -> None:
+    def _write(self, entries: Sequence[LogEntry]) -> list[bool]:
+        """Which entries have late records."""
         images = {name: data for entry in entries for name, data in entry.images.items()}
         records = [record for entry in entries for record in entry.records]
-        self._log.write(records, images, frozenset().union(*(entry.on_disk for entry in entries)))
+        on_disk: frozenset[str] = frozenset().union(*(entry.on_disk for entry in entries))
+        late = self._log.write(records, images, on_disk).late
+        places = itertools.count()
+        return [any([next(places) in late for _ in entry.records]) for entry in entries]
 
     def _ack(self, entry: LogEntry) -> Ack:
         if all(record.idempotency_key is None for record in entry.records):
@@ -153,4 +163,6 @@ class DriftLogger:
 
 def _plain(result: Any) -> Any:
     """Errors of drivers may not survive pickling; their text does."""
-    return RuntimeError(str(result)) if isinstance(result, BaseException) else result
+    if isinstance(result, PatientErasedError) or not isinstance(result, BaseException):
+        return result
+    return RuntimeError(str(result))

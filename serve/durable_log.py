@@ -50,6 +50,9 @@ class DurableLog:
         self._log = log
         self._settings = settings
         self._commits: SharedCalls[LogEntry, Ack] = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
+        # Of their own: a database that hangs holds up the replay, and nothing but the disk holds up the spool.
+        self._spool_thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self._replay_thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         self._replay_task: asyncio.Task[None] | None = None
         self._staging = ThreadPoolExecutor(_STAGING_THREADS, thread_name_prefix="staging")
         self.spooling = False
@@ -59,6 +62,7 @@ class DurableLog:
 
         Raises:
             LogUnavailableError: they are nowhere.
+            PatientErasedError: they are nowhere either, since their patient was erased after they were received.
         """
         return await self._commits.submit(entry)
 
@@ -101,7 +105,8 @@ class DurableLog:
         records = [record for entry in entries for record in entry.records]
         images = {name: data for entry in entries for name, data in entry.images.items()}
         try:
-            await asyncio.to_thread(self._log.spool_records, records, images)
+            run = asyncio.get_running_loop().run_in_executor
+            await run(self._spool_thread, self._log.spool_records, records, images)
         except OSError as error:
             raise LogUnavailableError(f"neither the store nor the spool takes records: {error}") from error
         self.spooling = True
@@ -119,7 +124,8 @@ class DurableLog:
         while self.spooling or self._log.spool.pending():
             try:
                 await asyncio.wait_for(self._sidecar.ping(), self._settings.attempt_timeout_s)
-                replayed = await asyncio.to_thread(self._log.replay_spool)
+                run = asyncio.get_running_loop().run_in_executor
+                replayed = await run(self._replay_thread, self._log.replay_spool)
                 if replayed:
                     logger.warning("replayed %d spooled predictions to the store", replayed)
             except Exception as error:

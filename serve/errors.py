@@ -29,6 +29,12 @@ def invalid_field(detail: str) -> ApiError:
     return ApiError(422, "invalid_field", detail)
 
 
+def patient_erased() -> ApiError:
+    """410: the patient was erased after this request came in; sent again, it is of a new visit."""
+    detail = "patient_id: the patient was erased while this request was under way; nothing of it is kept"
+    return ApiError(410, "patient_erased", detail)
+
+
 def unavailable(detail: str, retry_after_s: int) -> ApiError:
     """503: nothing was answered or promised; the same request, with the same key, may be sent again."""
     return ApiError(503, "unavailable", detail, retry_after_s)

@@ -18,6 +18,7 @@ from serve.admission import Admission, AdmissionGuard
 from serve.alarm_routes import add_alarm_routes
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
+from serve.arrival import ArrivalTime
 from serve.candidate_routes import add_candidate_routes
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
@@ -133,6 +134,7 @@ def build_api(backend: Backend) -> FastAPI:
     if keys is not None:
         api.add_middleware(AccessGuard, keys=keys, buckets=backend.buckets)
     api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
+    api.add_middleware(ArrivalTime)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
     add_explanation_routes(api, service)

@@ -7,6 +7,7 @@ import contextvars
 import hmac
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from store.api_keys import ROLES, ApiKey, hash_key
 
@@ -14,6 +15,8 @@ logger = logging.getLogger("ray.serve")
 
 # How long a replica waits for a store that does not answer before it takes requests, which then get 503.
 _FIRST_READ_S = 5.0
+# After it a read counts as failed, whatever its thread waits for.
+_READ_S = 30.0
 # Keys are found by the head of their hash, which tells nothing, and told apart by a comparison of constant time.
 _HEAD = 16
 
@@ -30,6 +33,7 @@ class KeyRing:
     def __init__(self, load: Callable[[], Iterable[ApiKey]], refresh_s: float):
         self._load = load
         self._refresh_s = refresh_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
         self._keys: dict[str, tuple[ApiKey, ...]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
@@ -69,7 +73,8 @@ class KeyRing:
     async def _refresh(self) -> None:
         while True:
             try:
-                self._keys = _by_head(await asyncio.to_thread(lambda: list(self._load())))
+                read = asyncio.get_running_loop().run_in_executor(self._thread, lambda: list(self._load()))
+                self._keys = _by_head(await asyncio.wait_for(read, _READ_S))
             except Exception as error:
                 if not self._failing:
                     logger.error("API keys cannot be read, the last known stay valid: %r", error)

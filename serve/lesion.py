@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -235,7 +235,8 @@ class LesionRequest:
     """One picture with what was said of it, fields already checked; `metadata` None when none was given.
 
     `caller`: who sent it; idempotency keys are the caller's own. `stored`: the picture comes from the image store,
-    where it may be larger than an upload may be (a WebP is kept as PNG).
+    where it may be larger than an upload may be (a WebP is kept as PNG). `received_at`: when it came in, microseconds
+    since the epoch, UTC; an erasure of the patient after it keeps it out of the log.
     """
 
     image: bytes
@@ -244,3 +245,4 @@ class LesionRequest:
     idempotency_key: str | None = None
     caller: str = ANONYMOUS.name
     stored: bool = False
+    received_at: int = field(default_factory=now_us)

@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import FastAPI, File, Form, Header, Request, UploadFile
 
 from serve.access import caller_of
-from serve.api import PROBLEMS, Prediction, Problem
+from serve.api import ERASED, PROBLEMS, Prediction, Problem
+from serve.arrival import received_at
 from serve.errors import ApiError, invalid_field
 from serve.http_errors import check_form_fields
 from serve.lesion import (
@@ -52,6 +53,7 @@ def parse_lesions(
     origin: Origin,
     key: str | None,
     caller: str,
+    received_at: int,
     service: PredictionService,
 ) -> list[LesionRequest | ApiError]:
     """The lesions of a request with many pictures, in order; one with wrong metadata is an error by itself.
@@ -68,7 +70,7 @@ def parse_lesions(
         item_key = None if key is None else f"{key}/{index}"
         try:
             cleaned = parse_metadata(record, service.model.task)
-            lesions.append(LesionRequest(file, cleaned, origin, item_key, caller))
+            lesions.append(LesionRequest(file, cleaned, origin, item_key, caller, received_at=received_at))
         except ApiError as error:
             lesions.append(error)
     return lesions
@@ -81,7 +83,7 @@ def _answer(outcome: Outcome) -> Prediction | Problem:
 def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
     """`POST /v1/predict` and `POST /v1/predict/batch`."""
 
-    @api.post("/v1/predict", operation_id="predict", responses=PROBLEMS)
+    @api.post("/v1/predict", operation_id="predict", responses=PROBLEMS | ERASED)
     async def predict(
         request: Request,
         image: Annotated[UploadFile, File(description="JPEG, PNG or WebP")],
@@ -100,13 +102,14 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
             origin=parse_origin(patient_id, institution, device, acquired_at),
             idempotency_key=parse_key(idempotency_key),
             caller=caller_of(request).name,
+            received_at=received_at(request),
         )
         (outcome,) = await service.predict([lesion], "/v1/predict")
         if isinstance(outcome, ApiError):
             raise outcome
         return Prediction.of(*outcome)
 
-    @api.post("/v1/predict/batch", operation_id="predict_batch", responses=PROBLEMS)
+    @api.post("/v1/predict/batch", operation_id="predict_batch", responses=PROBLEMS | ERASED)
     async def predict_batch(
         request: Request,
         images: Annotated[list[UploadFile], File(description="JPEG, PNG or WebP, each under this name")],
@@ -124,6 +127,6 @@ def add_prediction_routes(api: FastAPI, service: PredictionService) -> None:
         await check_form_fields(request, ("images", "metadata", *ORIGIN_FIELDS), lists=("images",))
         files = [await image.read() for image in images]
         origin = parse_origin(patient_id, institution, device, acquired_at)
-        caller = caller_of(request).name
-        lesions = parse_lesions(files, metadata, origin, parse_key(idempotency_key), caller, service)
+        key, caller = parse_key(idempotency_key), caller_of(request).name
+        lesions = parse_lesions(files, metadata, origin, key, caller, received_at(request), service)
         return list(map(_answer, await service.predict(lesions, "/v1/predict/batch")))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from monitoring.prediction_log import PredictionRecord, encode_embedding, patient_hmac
 from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
-from serve.errors import ApiError, invalid_field, unavailable
+from serve.errors import ApiError, invalid_field, patient_erased, unavailable
 from serve.explanation import Explanation, View
 from serve.lesion import LesionRequest, Origin, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
@@ -24,6 +24,7 @@ from serve.served_model import ServedModel
 from serve.settings import IngressSettings
 from serve.stage_clock import StageClock
 from serve.staged_images import StagedImages
+from store.erased_patients import PatientErasedError
 from store.image_files import StoredImage
 
 logger = logging.getLogger("ray.serve")
@@ -102,7 +103,8 @@ class PredictionService:
 
         Raises:
             ApiError: 503 when a node does not answer in time, or the records are on no disk; 409 when the model
-                compares no lesions of a patient.
+                compares no lesions of a patient; 410 when the patient was erased after this came in; 422 when the key
+                of a patient's lesions was used with others.
         """
         staged = self._log.stage() if len(requests) > 1 else None
         try:
@@ -144,16 +146,22 @@ class PredictionService:
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(requests) if isinstance(item, ApiError)}
         todo = {i: item for i, item in enumerate(requests) if isinstance(item, LesionRequest)}
         known = await self._find_known(todo, clock)
-        if known and not (patient and len(known) < len(todo)):
-            # Its picture is looked at all the same: the key may have come with another one.
-            prepared = await self.scoring.prepare([todo[index] for index in known], model)
-            for (index, record), image in zip(known.items(), prepared, strict=True):
-                request = todo.pop(index)
-                outcomes[index] = (
-                    image
-                    if isinstance(image, ApiError)
-                    else _same_or_conflict(request, image.stored.hash, record, record.stage_ms)
-                )
+        if known:
+            _check_comparison(known.values(), patient)
+            # A patient's lesions are stored together: what is missing beside them was refused before, or is new.
+            looked_at = list(todo) if patient else list(known)
+            # A known one's picture is looked at all the same: the key may have come with another one.
+            prepared = await self.scoring.prepare([todo[index] for index in looked_at], model)
+            for index, image in zip(looked_at, prepared, strict=True):
+                request, record = todo.pop(index), known.get(index)
+                if isinstance(image, ApiError):
+                    outcomes[index] = image
+                elif record is not None:
+                    outcomes[index] = self._same_or_conflict(
+                        request, image.stored.hash, record, record.stage_ms, patient
+                    )
+                else:
+                    raise _other_lesions()
         decoded = None if staged is None else staged.add
         scored, errors = await self.scoring.score(todo, model, deadline, clock, patient, decoded) if todo else ([], {})
         outcomes |= errors
@@ -164,10 +172,11 @@ class PredictionService:
             stored = await self._write(entry)
             clock.end("log")
             stages = clock.stages()
+            _check_comparison(stored, patient)
             self._count(stored, stages, route)
             for lesion, record in zip(scored, stored, strict=True):
                 request, image = todo[lesion.index], lesion.image
-                outcomes[lesion.index] = _same_or_conflict(request, image.stored.hash, record, stages)
+                outcomes[lesion.index] = self._same_or_conflict(request, image.stored.hash, record, stages, patient)
         return [outcomes[index] for index in range(len(requests))]
 
     def _count(self, records: Sequence[PredictionRecord], stages: Mapping[str, float], route: str) -> None:
@@ -197,6 +206,33 @@ class PredictionService:
             return await self._log.write(entry) or entry.records
         except LogUnavailableError as error:
             raise self.unavailable(str(error)) from error
+        except PatientErasedError as error:
+            raise patient_erased() from error
+
+    def _same_or_conflict(
+        self,
+        request: LesionRequest,
+        image_hash: str,
+        stored: PredictionRecord,
+        stage_ms: Mapping[str, float],
+        patient: bool,
+    ) -> Outcome:
+        """The stored record, unless the same key came with something else before."""
+        origin = request.origin
+        same = {
+            # Beside it the context depends on the model, which may have changed since.
+            "route": (stored.context == "patient") == patient,
+            "image": stored.image_hash == image_hash,
+            "metadata": stored.metadata == _logged_metadata(request),
+            "patient_id": stored.patient_hmac == self.pseudonym(origin),
+            "institution": stored.institution == origin.institution,
+            "device": stored.device == origin.device,
+            "acquired_at": stored.acquired_at == origin.acquired_at,
+        }
+        others = [name for name, is_same in same.items() if not is_same]
+        if others:
+            return invalid_field(f"Idempotency-Key: this key was used with another {', '.join(others)}; send a new one")
+        return stored, dict(stage_ms)
 
     def _record(
         self, request: LesionRequest, lesion: ScoredLesion, model: ServedModel, clock: StageClock
@@ -206,7 +242,7 @@ class PredictionService:
         return PredictionRecord(
             id=uuid.uuid4().hex if key is None else keyed_id(request.caller, key),
             idempotency_key=key,
-            received_at=clock.received_at,
+            received_at=request.received_at,
             acquired_at=origin.acquired_at,
             caller=request.caller,
             patient_hmac=self.pseudonym(origin),
@@ -288,10 +324,12 @@ def _logged_metadata(request: LesionRequest) -> dict[str, Any]:
     return {name: value for name, value in (request.metadata or {}).items() if value is not None}
 
 
-def _same_or_conflict(
-    request: LesionRequest, image_hash: str, stored: PredictionRecord, stage_ms: Mapping[str, float]
-) -> Outcome:
-    """The stored record, unless the same key came with something else before."""
-    if stored.image_hash != image_hash or stored.metadata != _logged_metadata(request):
-        return invalid_field("Idempotency-Key: this key was used with another image or metadata; send a new one")
-    return stored, dict(stage_ms)
+def _other_lesions() -> ApiError:
+    return invalid_field("Idempotency-Key: this key was used with other lesions of a patient; send a new one")
+
+
+def _check_comparison(stored: Iterable[PredictionRecord], patient: bool) -> None:
+    """Refuses to rank what was not compared: stored lesions of two requests that came under one key at one time, one
+    with more lesions than the other. The records of one request have its time."""
+    if patient and len({record.received_at for record in stored}) > 1:
+        raise _other_lesions()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from monitoring.prediction_log import PredictionLog, patient_hmac
 from serve.errors import ApiError, unavailable
+from serve.store_calls import StoreCalls
 from store.alarm_records import acknowledge_alarm, alarms_page
-from store.database import StoreUnavailableError
+from store.database import Store
 from store.erasure import Erasure, PatientErasure
 from store.labels import AddedLabel, NewLabel, add_label
 from store.monitoring_summary import monitoring_summary
@@ -21,8 +20,6 @@ from store.tables import now_us
 logger = logging.getLogger("ray.serve")
 
 Result = TypeVar("Result")
-# Their own, so that a slow query does not hold up the threads that spool records.
-_THREADS = 4
 
 
 def not_found(detail: str, error: str = "not_found") -> ApiError:
@@ -31,7 +28,7 @@ def not_found(detail: str, error: str = "not_found") -> ApiError:
 
 
 class RecordService:
-    """The store's side of one ingress replica, in threads of its own; the database is opened on first use.
+    """The store's side of one ingress replica.
 
     Every method raises ApiError 503 while the database or the image store does not answer.
 
@@ -45,15 +42,7 @@ class RecordService:
         self._log = log
         self._patient_key = patient_key
         self._retry_after_s = retry_after_s
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="records")
-
-    async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-        except StoreUnavailableError as error:
-            logger.error("a request for records failed: %s", error)
-            detail = "the store does not answer; send the same request again"
-            raise unavailable(detail, self._retry_after_s) from error
+        self._call = StoreCalls(log, retry_after_s, "records")
 
     def pseudonym(self, patient_id: str) -> str:
         """The HMAC under which a patient's records are stored."""
@@ -61,7 +50,7 @@ class RecordService:
 
     async def page(self, wanted: PredictionFilter, after: tuple[int, str] | None, limit: int) -> list[dict[str, Any]]:
         """See `predictions_page`."""
-        return await self._run(lambda: predictions_page(self._log.store, wanted, after, limit))
+        return await self._call(predictions_page, wanted, after, limit)
 
     async def record(self, prediction_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A record and its labels, oldest first.
@@ -69,7 +58,7 @@ class RecordService:
         Raises:
             ApiError: 404; 503 when the record may be among those that wait in this node's spool.
         """
-        return await self._run(self._known, prediction_id, prediction_with_labels)
+        return await self._call(self._known, prediction_id, prediction_with_labels)
 
     async def image_name(self, prediction_id: str) -> tuple[str, str]:
         """Hash and suffix of a record's picture.
@@ -77,7 +66,7 @@ class RecordService:
         Raises:
             ApiError: 404 and 503 as in `record`; 404 `image_erased` for a record whose picture is no longer kept.
         """
-        name, suffix = await self._run(self._known, prediction_id, prediction_image)
+        name, suffix = await self._call(self._known, prediction_id, prediction_image)
         if name is None or suffix is None:
             raise _erased(prediction_id)
         return name, suffix
@@ -88,15 +77,13 @@ class RecordService:
         Raises:
             ApiError: 404 `image_erased`.
         """
-        return await self._run(self._read_image, prediction_id, name, suffix)
+        return await self._call(self._read_image, prediction_id, name, suffix)
 
-    def _read_image(self, prediction_id: str, name: str, suffix: str) -> bytes:
+    def _read_image(self, _store: Store, prediction_id: str, name: str, suffix: str) -> bytes:
         try:
             return self._log.image_files.get(name, suffix)
         except FileNotFoundError as error:
             raise _erased(prediction_id) from error
-        except OSError as error:
-            raise StoreUnavailableError(f"image {name} cannot be read: {error}") from error
 
     async def label(self, label: NewLabel, actor: str) -> AddedLabel:
         """Stores a label; see `add_label`.
@@ -105,19 +92,19 @@ class RecordService:
             ApiError: 404 and 503 as in `record`.
         """
 
-        def add(store, _prediction_id: str) -> AddedLabel | None:
+        def add(store: Store, _prediction_id: str) -> AddedLabel | None:
             return add_label(store, label, actor)
 
-        added = await self._run(self._known, label.prediction_id, add)
+        added = await self._call(self._known, label.prediction_id, add)
         if added.alarm is not None:
             # As an error: in throughput mode Serve's logger holds back what is below.
             logger.error("ALARM %s: %s", added.alarm["kind"], added.alarm["message"])
         return added
 
-    def _known(self, prediction_id: str, find: Callable[..., Result | None]) -> Result:
+    def _known(self, store: Store, prediction_id: str, find: Callable[..., Result | None]) -> Result:
         # Looked at first: a record that is replayed between the two is found, not missed.
         waiting = self._log.spool.pending()
-        found = find(self._log.store, prediction_id)
+        found = find(store, prediction_id)
         if found is not None:
             return found
         if waiting:
@@ -129,7 +116,7 @@ class RecordService:
         self, unacknowledged: bool, kind: str | None, after: tuple[int, int] | None, limit: int
     ) -> list[dict[str, Any]]:
         """See `alarms_page`."""
-        return await self._run(lambda: alarms_page(self._log.store, unacknowledged, kind, after, limit))
+        return await self._call(alarms_page, unacknowledged, kind, after, limit)
 
     async def acknowledge(self, alarm_id: int, actor: str, comment: str | None) -> dict[str, Any]:
         """See `acknowledge_alarm`.
@@ -137,14 +124,14 @@ class RecordService:
         Raises:
             ApiError: 404.
         """
-        row = await self._run(lambda: acknowledge_alarm(self._log.store, alarm_id, actor, comment))
+        row = await self._call(acknowledge_alarm, alarm_id, actor, comment)
         if row is None:
             raise not_found(f"alarm_id: there is no alarm {alarm_id}")
         return row
 
     async def summary(self, hours: int) -> dict[str, Any]:
         """See `monitoring_summary`; the window ends now."""
-        return await self._run(lambda: monitoring_summary(self._log.store, now_us(), hours))
+        return await self._call(monitoring_summary, now_us(), hours)
 
     async def erase_patient(self, patient_id: str, actor: str) -> Erasure:
         """Removes everything of a patient; see `PatientErasure`.
@@ -153,12 +140,11 @@ class RecordService:
             ApiError: 503 when it was interrupted: the same call again finishes it.
         """
 
-        def erase() -> Erasure:
-            log = self._log
-            erasure = PatientErasure(log.store, log.image_files, log.spool)
+        def erase(store: Store) -> Erasure:
+            erasure = PatientErasure(store, self._log.image_files, self._log.spool)
             return erasure.erase(self.pseudonym(patient_id), actor)
 
-        return await self._run(erase)
+        return await self._call(erase)
 
 
 def _erased(prediction_id: str) -> ApiError:

@@ -20,7 +20,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 def add_retrain_routes(api: FastAPI, log: PredictionLog, retry_after_s: int) -> None:
     """`POST /v1/retrain` and `GET /v1/retrain/{id}`: they record and show; the job `retrain` does the work."""
-    records = StoreCalls(log, retry_after_s)
+    records = StoreCalls(log, retry_after_s, "retraining", threads=1)
     bad = {status: PROBLEMS[status] for status in (400, 408, 413, 422)}
     open_already = {"model": RetrainAccepted, "description": "a request of this trigger is open: this one"}
 

@@ -6,13 +6,9 @@ import time
 
 
 class StageClock:
-    """Timings of one request, from its creation on.
-
-    `received_at`: when it began, microseconds since the epoch, UTC.
-    """
+    """Timings of one request, from its creation on."""
 
     def __init__(self) -> None:
-        self.received_at = time.time_ns() // 1000
         self._start = time.perf_counter()
         self._ends: dict[str, float] = {}
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from monitoring.prediction_log import PredictionLog
 from serve.access import Caller
-from serve.errors import ApiError, invalid_field
+from serve.errors import ApiError, invalid_field, patient_erased
 from serve.lesion import Origin
 from serve.prediction_service import PredictionService
 from serve.settings import SubmissionSettings
 from serve.store_calls import StoreCalls
 from store.database import Store
+from store.erased_patients import PatientErasedError
+from store.erasure import remove_unused
 from store.image_files import StoredImage
 from store.submissions import (
     OtherContentError,
@@ -41,7 +43,7 @@ class SubmissionQueue:
     ):
         self._service = service
         self._images = log.image_files
-        self._records = StoreCalls(log, service.settings.retry_after_s)
+        self._records = StoreCalls(log, service.settings.retry_after_s, "submissions", threads=2)
         self._settings = settings
         self._wake = wake
 
@@ -52,12 +54,13 @@ class SubmissionQueue:
         image: bytes,
         metadata: Mapping[str, float | str | None] | None,
         origin: Origin,
+        received_at: int,
     ) -> dict[str, Any]:
         """The submission's row, once it and the picture are on disk.
 
         Raises:
-            ApiError: 413, 415 or 422 as for /v1/predict, 422 for a key that stands for something else, 429 while too
-                many wait, 503 when the store takes nothing.
+            ApiError: 410, 413, 415 or 422 as for /v1/predict, 422 for a key that stands for something else, 429 while
+                too many wait, 503 when the store takes nothing.
         """
         stored = await self._service.check_image(image)
         request = {
@@ -71,13 +74,15 @@ class SubmissionQueue:
             "acquired_at": origin.acquired_at,
         }
         try:
-            row, new = await self._records(self._insert, caller, key, request, stored)
+            row, new = await self._records(self._insert, caller, key, request, stored, received_at)
         except QueueFullError as error:
             limit = self._settings.max_pending
             wait = self._service.settings.retry_after_s
             raise ApiError(
                 429, "queue_full", f"{limit} submissions wait (max_pending); send it again later", wait
             ) from (error)
+        except PatientErasedError as error:
+            raise patient_erased() from error
         except OtherContentError as error:
             raise invalid_field("Idempotency-Key: this key was used for another submission; send a new one") from error
         if new:
@@ -85,7 +90,13 @@ class SubmissionQueue:
         return row
 
     def _insert(
-        self, store: Store, caller: str, key: str | None, request: dict[str, Any], stored: StoredImage
+        self,
+        store: Store,
+        caller: str,
+        key: str | None,
+        request: dict[str, Any],
+        stored: StoredImage,
+        received_at: int,
     ) -> tuple[dict[str, Any], bool]:
         max_pending = self._settings.max_pending
         # Before the picture is written: what is refused must not fill the disk.
@@ -98,10 +109,14 @@ class SubmissionQueue:
             "num_bytes": len(stored.data),
             "stored_at": now_us(),
         }
-        # No erasure removes the file of another patient's equal picture between the file and its row.
-        with self._images.locked():
-            self._images.put(stored.data, stored.suffix)
-            return insert_submission(store, caller, key, request, image_row, max_pending)
+        try:
+            # No erasure removes the file of another patient's equal picture between the file and its row.
+            with self._images.locked():
+                self._images.put(stored.data, stored.suffix)
+                return insert_submission(store, caller, key, request, image_row, max_pending, received_at)
+        except PatientErasedError:
+            remove_unused(store, self._images, [stored.hash])
+            raise
 
     async def find(self, submission_id: str, caller: Caller) -> dict[str, Any] | None:
         """The row, or None where there is none that this caller may see: its own, or any for a reviewer and above.

@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import FastAPI, File, Form, Path, Request, Response, UploadFile
 
 from serve.access import caller_of
-from serve.api import PROBLEMS, Problem
+from serve.api import ERASED, PROBLEMS, Problem
+from serve.arrival import received_at
 from serve.errors import ApiError
 from serve.http_errors import check_form_fields
 from serve.lesion import parse_json, parse_key, parse_metadata
@@ -38,7 +39,7 @@ def add_submission_routes(api: FastAPI, service: PredictionService, queue: Submi
     full = {"model": Problem, "description": "too many submissions wait; send it again after Retry-After"}
     unknown = {"model": Problem, "description": "no such submission of this caller"}
 
-    @api.post("/v1/submissions", operation_id="submit", status_code=202, responses={**PROBLEMS, 429: full})
+    @api.post("/v1/submissions", operation_id="submit", status_code=202, responses={**PROBLEMS, **ERASED, 429: full})
     async def submit(
         request: Request,
         response: Response,
@@ -59,6 +60,7 @@ def add_submission_routes(api: FastAPI, service: PredictionService, queue: Submi
             metadata=parse_metadata(record, service.model.task),
             origin=parse_origin(patient_id, institution, device, acquired_at),
             image=await image.read(),
+            received_at=received_at(request),
         )
         url = _status_url(row["id"])
         response.headers["Location"] = url

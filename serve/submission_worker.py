@@ -15,11 +15,14 @@ import logging
 from monitoring.prediction_log import PredictionLog
 from serve.api import Prediction, Problem
 from serve.errors import ApiError
-from serve.lesion import LesionRequest, Origin, parse_metadata
+from serve.lesion import LesionRequest, Origin, keyed_id, parse_metadata
 from serve.prediction_service import PredictionService
 from serve.request_ids import working_for
 from serve.settings import SubmissionSettings
-from store.submissions import Claim, claim_submissions, finish_submission, requeue_submission
+from serve.store_calls import StoreCalls
+from store.database import Store
+from store.erasure import PatientErasure
+from store.submissions import Claim, claim_submissions, find_submission, finish_submission, requeue_submission
 from store.tables import now_us
 
 logger = logging.getLogger("ray.serve")
@@ -28,6 +31,7 @@ _MAX_BACKOFF_S = 3600.0
 # An attempt is given up this share of its lease before the lease ends, so that no other worker scores beside it.
 _LEASE_MARGIN = 0.1
 _STOP_GRACE_S = 5.0
+_ACTOR = "submission worker"
 _ORIGIN_FIELDS = ("patient_hmac", "institution", "device", "acquired_at")
 _EXHAUSTED = ApiError(500, "attempts_exhausted", "the service ended during each attempt to score this submission")
 # The cause may quote a patient's data; the log has it.
@@ -48,6 +52,7 @@ class SubmissionWorker:
     def __init__(self, service: PredictionService, log: PredictionLog, settings: SubmissionSettings):
         self._service = service
         self._log = log
+        self._call = StoreCalls(log, service.settings.retry_after_s, "submission-worker", threads=2)
         self._settings = settings
         self._wake = asyncio.Event()
         self._stopping = False
@@ -104,9 +109,7 @@ class SubmissionWorker:
             return
         exhausted = Problem.of(_EXHAUSTED).model_dump_json()
         lease_us = int(self._settings.lease_s * 1e6)
-        claims = await asyncio.to_thread(
-            lambda: claim_submissions(self._log.store, free, lease_us, self._settings.attempts, exhausted)
-        )
+        claims = await self._call(claim_submissions, free, lease_us, self._settings.attempts, exhausted)
         for claim in claims:
             task = asyncio.create_task(self._work(claim))
             self._scoring.add(task)
@@ -122,25 +125,23 @@ class SubmissionWorker:
         with working_for((f"submission:{claim.id}",)):
             try:
                 outcome = await self._score(claim)
-                mine = await asyncio.to_thread(self._settle, claim, outcome)
+                await self._call(self._settle_or_erase, claim, outcome)
             except Exception as error:
                 logger.error("submission %s waits for the end of its lease: %r", claim.id, error)
-            else:
-                if not mine:
-                    logger.error("submission %s was erased, or went to another worker, during its attempt", claim.id)
 
     async def _score(self, claim: Claim) -> Prediction | ApiError:
         left_s = (claim.leased_until - now_us()) / 1e6 - _LEASE_MARGIN * self._settings.lease_s
         try:
             async with asyncio.timeout(left_s):
                 request = claim.request
-                image = await asyncio.to_thread(
-                    self._log.image_files.get, request["image_hash"], request["image_suffix"]
-                )
+                image = await self._call(self._picture, request["image_hash"], request["image_suffix"])
                 # Again: the model of now may want other fields than that of the time of the submission.
                 metadata = parse_metadata(request["metadata"], self._service.model.task)
                 origin = Origin(**{name: request[name] for name in _ORIGIN_FIELDS})
-                lesion = LesionRequest(image, metadata, origin, prediction_key(claim.id), claim.caller, stored=True)
+                key = prediction_key(claim.id)
+                # At that time its patient was not erased; from then on, the log keeps out what an erasure overtakes.
+                claimed = claim.claimed_at
+                lesion = LesionRequest(image, metadata, origin, key, claim.caller, stored=True, received_at=claimed)
                 (outcome,) = await self._service.predict([lesion], "/v1/submissions")
         except ApiError as error:
             return error
@@ -151,9 +152,26 @@ class SubmissionWorker:
             return _INTERNAL
         return outcome if isinstance(outcome, ApiError) else Prediction.of(*outcome)
 
-    def _settle(self, claim: Claim, outcome: Prediction | ApiError) -> bool:
+    def _picture(self, _store: Store, name: str, suffix: str) -> bytes:
+        return self._log.image_files.get(name, suffix)
+
+    def _settle_or_erase(self, store: Store, claim: Claim, outcome: Prediction | ApiError) -> None:
+        if self._settle(store, claim, outcome):
+            return
+        if find_submission(store, claim.id) is not None:
+            logger.error("submission %s went to another worker during its attempt", claim.id)
+            return
+        # The log keeps the record out by its time, where the clocks of the machines agree.
+        erasure = PatientErasure(store, self._log.image_files, self._log.spool)
+        prediction_id = keyed_id(claim.caller, prediction_key(claim.id))
+        patient = claim.request["patient_hmac"]
+        removed = patient is not None and erasure.erase_prediction(prediction_id, patient, _ACTOR)
+        logger.error(
+            "submission %s was erased during its attempt%s", claim.id, "; so is its prediction" if removed else ""
+        )
+
+    def _settle(self, store: Store, claim: Claim, outcome: Prediction | ApiError) -> bool:
         """Done, failed for good, or back to the queue; False when it is no longer this worker's to say."""
-        store = self._log.store
         if isinstance(outcome, Prediction):
             return finish_submission(store, claim, json.loads(outcome.model_dump_json()))
         error = Problem.of(outcome).model_dump_json()

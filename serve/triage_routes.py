@@ -8,7 +8,8 @@ from fastapi import FastAPI, File, Form, Request, UploadFile
 
 from monitoring.prediction_log import PredictionRecord
 from serve.access import caller_of
-from serve.api import PROBLEMS, Prediction, Problem
+from serve.api import ERASED, PROBLEMS, Prediction, Problem
+from serve.arrival import received_at
 from serve.errors import ApiError, invalid_field
 from serve.http_errors import check_form_fields
 from serve.lesion import parse_key
@@ -50,7 +51,8 @@ def rank_lesions(outcomes: list[Outcome], model_version: str) -> Triage:
 def add_triage_routes(api: FastAPI, service: PredictionService) -> None:
     """`POST /v1/patients/triage`."""
 
-    problems = PROBLEMS | {409: {"model": Problem, "description": "the model compares no lesions of a patient"}}
+    no_comparison = {"model": Problem, "description": "the model compares no lesions of a patient"}
+    problems = PROBLEMS | ERASED | {409: no_comparison}
 
     @api.post("/v1/patients/triage", operation_id="triage_patient", responses=problems)
     async def triage(
@@ -74,7 +76,7 @@ def add_triage_routes(api: FastAPI, service: PredictionService) -> None:
             raise invalid_field("patient_id: it is blank; expected whose lesions these are")
         files = [await image.read() for image in images]
         key, caller = parse_key(idempotency_key), caller_of(request).name
-        lesions = parse_lesions(files, metadata, origin, key, caller, service)
+        lesions = parse_lesions(files, metadata, origin, key, caller, received_at(request), service)
         outcomes = await service.predict(lesions, "/v1/patients/triage", patient=True)
         versions = {outcome[0].model_version for outcome in outcomes if not isinstance(outcome, ApiError)}
         return rank_lesions(outcomes, next(iter(versions), service.model.reference.version))

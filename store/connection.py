@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy import event, exc
@@ -14,7 +15,31 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from store.tables import SCHEMA_VERSION, schema, schema_version
 
+# How long a writer waits for SQLite's one write lock: many times what the longest of our transactions takes, and half
+# of what a request may take, so that a route still answers 503 itself.
 BUSY_TIMEOUT_MS = 15_000
+# The same for a statement on PostgreSQL, where it counts the wait for another's lock too.
+STATEMENT_TIMEOUT_MS = BUSY_TIMEOUT_MS
+# An upgrade builds indexes on tables of any size.
+_UPGRADE_TIMEOUT_MS = 600_000
+# How long a thread waits for a connection that others of its process hold; there are as many as a replica has threads
+# that use the store, so only calls that hang take them all.
+_POOL_TIMEOUT_S = 5
+# What libpq is told, where the URL does not say otherwise. PgBouncer wants `options` among its
+# `ignore_startup_parameters`, or another `options` in the URL.
+_POSTGRESQL: Mapping[str, Any] = {
+    # A lost SYN is sent again after 1 and 3 s. It also ends the wait for a server that accepts and does not answer.
+    "connect_timeout": 5,
+    # A server that is gone without a word is noticed after 10 + 3 * 5 s of silence (by default, after two hours), and
+    # after 15 s where something that was sent to it is not acknowledged.
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+    # The second: a process that is stopped inside a transaction would keep its locks, an erasure's stops all commits.
+    "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c idle_in_transaction_session_timeout=60000",
+}
 # Any fixed number: the key under which PostgreSQL serialises schema creation and the audit chain.
 ADVISORY_LOCK = 0x6465726D
 
@@ -39,6 +64,8 @@ def connect(url: str, create: bool = True) -> Engine:
     if backend == "postgresql":
         engine = sql.create_engine(
             parsed.set(drivername="postgresql+psycopg"),
+            connect_args={name: value for name, value in _POSTGRESQL.items() if name not in parsed.query},
+            pool_timeout=_POOL_TIMEOUT_S,
             pool_pre_ping=True,
             # Without it an INSERT reports -1 rows, and no caller learns whether its row was new.
             execution_options={"preserve_rowcount": True},
@@ -62,7 +89,7 @@ def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"store_url {url!r}: folder {path.parent} cannot be made: {error.strerror}") from error
-    engine = sql.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    engine = sql.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, pool_timeout=_POOL_TIMEOUT_S)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     # The switch to WAL does not always wait for the busy timeout (1 of 360 first openers met "database is locked"), so
@@ -138,6 +165,8 @@ def _create_or_check(connection: Connection, url: str) -> None:
 
 def _upgrade(connection: Connection) -> None:
     """Makes the tables and indexes that an older store lacks, in the caller's transaction."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_TIMEOUT_MS}")
     schema.create_all(connection)
     for table in schema.sorted_tables:
         # `create_all` passes over a table that is there, with all its indexes.

@@ -5,9 +5,10 @@ Several processes share one SQLite file (WAL, one writer at a time); PostgreSQL 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sql
 from sqlalchemy import exc
@@ -16,13 +17,28 @@ from sqlalchemy.engine import Connection, Engine
 
 from store import audit_chain
 from store.connection import ADVISORY_LOCK, connect
+from store.erased_patients import ROWS_ERASED, audit_subject, find_late, keep_erasures_out
 from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
 
 _PAGE_ROWS = 2_000
+LOG_WRITER = "prediction log"
+"""Who keeps late rows out, in the audit trail."""
 
 
 class StoreUnavailableError(RuntimeError):
     """The database or the image store did not take a write or answer a read; the same call may succeed later."""
+
+
+class Inserted(NamedTuple):
+    """What became of prediction rows.
+
+    Attributes:
+        num_new: rows that were not stored before.
+        late: places of the rows that were left out, because their patient was erased after they were received.
+    """
+
+    num_new: int
+    late: frozenset[int] = frozenset()
 
 
 def open_store(url: str, create: bool = True) -> Store:
@@ -76,6 +92,8 @@ class Store:
                 yield connection
         except exc.DBAPIError as error:
             raise StoreUnavailableError(f"store {self.url} cannot be read: {error.orig}") from error
+        except exc.TimeoutError as error:
+            raise StoreUnavailableError(f"store {self.url} cannot be read: every connection is in use") from error
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -92,24 +110,44 @@ class Store:
             raise ValueError(f"the store refuses a row: {error.orig}") from error
         except exc.DBAPIError as error:
             raise StoreUnavailableError(f"store {self.url} took no write: {error.orig}") from error
+        except exc.TimeoutError as error:
+            raise StoreUnavailableError(f"store {self.url} took no write: every connection is in use") from error
         except exc.StatementError as error:
             raise ValueError(f"the store refuses a row: {error.orig}") from error
 
     # Predictions
 
-    def insert_predictions(self, rows: Sequence[dict[str, Any]], image_rows: Sequence[dict[str, Any]] = ()) -> int:
-        """Writes prediction rows, and rows of their images, in one transaction; returns how many were new.
+    def insert_predictions(self, rows: Sequence[dict[str, Any]], image_rows: Sequence[dict[str, Any]] = ()) -> Inserted:
+        """Writes prediction rows, and rows of their images, in one transaction.
 
-        A row whose id, or whose (caller, idempotency_key), is already stored is left as it was.
+        A row whose id, or whose (caller, idempotency_key), is already stored is left as it was. A late one (see
+        `erased_patients`) is not written, nor the row of a picture that only late ones use; an audit entry lists these
+        pictures, whose files are the caller's to remove.
         """
         with self.writing() as connection:
+            if any(row.get("patient_hmac") is not None for row in rows):
+                keep_erasures_out(connection)
+            late = find_late(connection, rows)
+            taken = [row for place, row in enumerate(rows) if place not in late]
+            if late:
+                refused = [rows[place] for place in sorted(late)]
+                unused = {row.get("image_hash") for row in refused} - {row.get("image_hash") for row in taken}
+                image_rows = [row for row in image_rows if row["hash"] not in unused]
+                self._audit_late(connection, refused, unused)
             if image_rows:
                 connection.execute(self._insert(images).on_conflict_do_nothing(), list(image_rows))
-            if not rows:
-                return 0
+            if not taken:
+                return Inserted(0, late)
             # One statement for all rows needs all columns in each of them.
-            complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in rows]
-            return connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
+            complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in taken]
+            num_new = connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
+            return Inserted(num_new, late)
+
+    def _audit_late(self, connection: Connection, rows: Sequence[Mapping[str, Any]], unused: set[str | None]) -> None:
+        for patient_hmac, count in Counter(row["patient_hmac"] for row in rows).items():
+            theirs = {row.get("image_hash") for row in rows if row["patient_hmac"] == patient_hmac} & unused
+            detail = {"counts": {"late": count}, "image_hashes": sorted(filter(None, theirs))}
+            self._append_audit(connection, LOG_WRITER, ROWS_ERASED, audit_subject(patient_hmac), detail)
 
     def find_prediction(self, prediction_id: str) -> dict[str, Any] | None:
         """The prediction row with this id, or None."""

@@ -1,4 +1,5 @@
-"""Erases a patient: rows first, in one transaction with the audit entry that lists the files still to be removed.
+"""Erases a patient: rows first, in one transaction with the audit entry that lists the files still to be removed, and
+with the time after which nothing older of the patient is written any more (see `erased_patients`).
 
 Whatever interrupts it, the same call again finishes it. SQLite overwrites deleted rows (`secure_delete`), and its
 write-ahead log is emptied at the end. PostgreSQL keeps dead rows until its autovacuum comes by, and its write-ahead log
@@ -16,8 +17,14 @@ from dataclasses import dataclass, field
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
-from store.connection import ADVISORY_LOCK
 from store.database import Store, StoreUnavailableError
+from store.erased_patients import (
+    FILES_REMOVED,
+    ROWS_ERASED,
+    audit_subject,
+    keep_writers_out,
+    note_erasure,
+)
 from store.image_files import ImageFiles
 from store.labels import MISSED_CANCER
 from store.spool import Spool
@@ -26,7 +33,6 @@ from store.tables import alarms, audit, images, labels, predictions
 
 logger = logging.getLogger(__name__)
 
-ROWS_ERASED, FILES_REMOVED = "erase_patient", "erase_patient_files"
 # Hashes per statement, below the fewest parameters that either database takes; and files per hold of the lock.
 _CHUNK = 200
 
@@ -66,59 +72,75 @@ class PatientErasure:
             with self._spool.locked(), self._image_files.locked(exclusive=True):
                 counts = self._erase_rows(patient_hmac, actor)
                 self._spool.erase_patient(patient_hmac)
-            files = self._remove_files(patient_hmac, actor)
+            files = self.remove_files(patient_hmac, actor)
         except OSError as error:
             raise StoreUnavailableError(f"erasure is not finished: {error}") from error
         return Erasure(counts, files, empty_write_ahead_log(self._store))
 
+    def erase_prediction(self, prediction_id: str, patient_hmac: str, actor: str) -> bool:
+        """Removes one prediction of a patient who was erased while it was made; False where it is not stored.
+
+        Raises:
+            StoreUnavailableError: interrupted; the patient's erasure, sent again, finishes it.
+        """
+        theirs = sql.and_(predictions.c.id == prediction_id, predictions.c.patient_hmac == patient_hmac)
+        try:
+            with self._image_files.locked(exclusive=True), self._store.writing() as connection:
+                keep_writers_out(connection)
+                counts, hashes = _delete_predictions(connection, theirs)
+                if not counts["predictions"]:
+                    return False
+                self._finish_rows(connection, patient_hmac, actor, counts, hashes)
+            self.remove_files(patient_hmac, actor)
+        except OSError as error:
+            raise StoreUnavailableError(f"erasure is not finished: {error}") from error
+        empty_write_ahead_log(self._store)
+        return True
+
     def _erase_rows(self, patient_hmac: str, actor: str) -> dict[str, int]:
         # Also of rows that only the spool holds: their image may have been written before the row was refused.
-        num_spooled, hashes = self._spool.patient_rows(patient_hmac)
+        num_spooled, spooled_hashes = self._spool.patient_rows(patient_hmac)
         with self._store.writing() as connection:
-            if self._store.engine.dialect.name == "postgresql":
-                # Two erasures at once would each leave a shared image to the other.
-                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK + 1)))
-            hashes |= images_of_submissions(connection, patient_hmac)
-            theirs = predictions.c.patient_hmac == patient_hmac
-            ids = sql.select(predictions.c.id).where(theirs)
-            query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
-            hashes |= set(connection.execute(query.distinct()).scalars())
-            counts = {
-                "alarms": _blank_alarms(connection, ids),
-                "labels": connection.execute(sql.delete(labels).where(labels.c.prediction_id.in_(ids))).rowcount,
-                "predictions": connection.execute(sql.delete(predictions).where(theirs)).rowcount,
-                "submissions": erase_submissions(connection, patient_hmac),
-                "spooled": num_spooled,
-            }
-            unused = sorted(hashes - images_in_use(connection, hashes))
-            counts["images"] = sum(
-                connection.execute(sql.delete(images).where(images.c.hash.in_(chunk))).rowcount
-                for chunk in _chunks(unused)
-            )
-            if any(counts.values()):
-                detail = {"counts": counts, "image_hashes": unused}
-                self._store._append_audit(connection, actor, ROWS_ERASED, _subject(patient_hmac), detail)
+            keep_writers_out(connection)
+            submitted_hashes = images_of_submissions(connection, patient_hmac)
+            counts, hashes = _delete_predictions(connection, predictions.c.patient_hmac == patient_hmac)
+            counts |= {"submissions": erase_submissions(connection, patient_hmac), "spooled": num_spooled}
+            self._finish_rows(connection, patient_hmac, actor, counts, hashes | submitted_hashes | spooled_hashes)
+            note_erasure(connection, self._store._insert, patient_hmac)
         return counts
 
-    def _remove_files(self, patient_hmac: str, actor: str) -> int:
+    def _finish_rows(
+        self, connection: Connection, patient_hmac: str, actor: str, counts: dict[str, int], hashes: set[str]
+    ) -> None:
+        """Removes the rows of images that nothing uses any more, and notes in the audit trail what went."""
+        unused = sorted(hashes - images_in_use(connection, hashes))
+        counts["images"] = sum(
+            connection.execute(sql.delete(images).where(images.c.hash.in_(chunk))).rowcount for chunk in _chunks(unused)
+        )
+        if any(counts.values()):
+            detail = {"counts": counts, "image_hashes": unused}
+            self._store._append_audit(connection, actor, ROWS_ERASED, audit_subject(patient_hmac), detail)
+
+    def remove_files(self, patient_hmac: str, actor: str) -> int:
+        """Removes the files that entries of the audit trail list and nothing uses; returns how many.
+
+        Raises:
+            OSError: a file cannot be removed; call it again.
+            StoreUnavailableError: the database does not answer; call it again.
+        """
         pending, through = self._pending_files(patient_hmac)
         if through is None:
             return 0
-        removed = 0
-        for chunk in _chunks(sorted(pending)):
-            with self._image_files.locked(exclusive=True):
-                with self._store.reading() as connection:
-                    used = images_in_use(connection, chunk)
-                removed += sum(self._image_files.remove(name) for name in chunk if name not in used)
+        removed = remove_unused(self._store, self._image_files, pending)
         detail = {"image_files": removed, "through": through}
-        self._store.append_audit(actor, FILES_REMOVED, _subject(patient_hmac), detail)
+        self._store.append_audit(actor, FILES_REMOVED, audit_subject(patient_hmac), detail)
         return removed
 
     def _pending_files(self, patient_hmac: str) -> tuple[set[str], int | None]:
         """Images of erased rows whose files are not known to be gone, and the last audit entry that lists some."""
         query = (
             sql.select(audit.c.id, audit.c.action, audit.c.detail)
-            .where(audit.c.subject == _subject(patient_hmac), audit.c.action.in_([ROWS_ERASED, FILES_REMOVED]))
+            .where(audit.c.subject == audit_subject(patient_hmac), audit.c.action.in_([ROWS_ERASED, FILES_REMOVED]))
             .order_by(audit.c.id)
         )
         with self._store.reading() as connection:
@@ -129,8 +151,17 @@ class PatientErasure:
         return hashes, open_entries[-1][0] if open_entries else None
 
 
-def _subject(patient_hmac: str) -> str:
-    return f"patient/{patient_hmac}"
+def _delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
+    """Removes predictions with what hangs on them: how many of each, and the hashes of their images."""
+    ids = sql.select(predictions.c.id).where(theirs)
+    query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
+    hashes = set(connection.execute(query.distinct()).scalars())
+    counts = {
+        "alarms": _blank_alarms(connection, ids),
+        "labels": connection.execute(sql.delete(labels).where(labels.c.prediction_id.in_(ids))).rowcount,
+        "predictions": connection.execute(sql.delete(predictions).where(theirs)).rowcount,
+    }
+    return counts, hashes
 
 
 def _blank_alarms(connection: Connection, prediction_ids: sql.Select) -> int:
@@ -151,6 +182,22 @@ def images_in_use(connection: Connection, hashes: Iterable[str]) -> set[str]:
         query = sql.select(predictions.c.image_hash).where(predictions.c.image_hash.in_(chunk)).distinct()
         found |= set(connection.execute(query).scalars()) | images_in_submissions(connection, chunk)
     return found
+
+
+def remove_unused(store: Store, image_files: ImageFiles, hashes: Iterable[str]) -> int:
+    """Removes the files of those hashes that no row names; returns how many.
+
+    Raises:
+        OSError: a file cannot be removed.
+        StoreUnavailableError: the database does not answer.
+    """
+    removed = 0
+    for chunk in _chunks(sorted(hashes)):
+        with image_files.locked(exclusive=True):
+            with store.reading() as connection:
+                used = images_in_use(connection, chunk)
+            removed += sum(image_files.remove(name) for name in chunk if name not in used)
+    return removed
 
 
 def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:

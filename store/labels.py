@@ -9,6 +9,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection, RowMapping
 
 from store.database import Store
+from store.erased_patients import keep_erasures_out
 from store.tables import alarms, labels, now_us, predictions
 
 MISSED_CANCER = "missed_cancer"
@@ -58,8 +59,10 @@ def add_label(store: Store, label: NewLabel, actor: str) -> AddedLabel | None:
         actor: who sent it, for the audit trail.
     """
     with store.writing() as connection:
+        # An erasure that has looked for labels already would delete the prediction and leave this one.
+        keep_erasures_out(connection)
         columns = ("id", "role", "model_version", "risk", "threshold", "abstained")
-        # Locked, so that two labels of one prediction, or a label and an erasure, come one after the other.
+        # Locked, so that two labels of one prediction come one after the other.
         query = sql.select(*(predictions.c[name] for name in columns)).where(predictions.c.id == label.prediction_id)
         prediction = connection.execute(query.with_for_update()).mappings().first()
         if prediction is None:

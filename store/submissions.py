@@ -15,6 +15,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
 from store.database import Store
+from store.erased_patients import PatientErasedError, find_late, keep_erasures_out
 from store.tables import images, now_us, submissions
 
 QUEUED, RUNNING, DONE, FAILED = "queued", "running", "done", "failed"
@@ -33,12 +34,13 @@ class Claim:
     """A submission that is this worker's until `leased_until` (microseconds since the epoch, UTC).
 
     `attempts` counts this one. Each claim of a submission ends later than the one before, so the lease tells them
-    apart.
+    apart. At `claimed_at` the submission was there.
     """
 
     id: str
     caller: str
     attempts: int
+    claimed_at: int
     leased_until: int
     request: dict[str, Any]
 
@@ -67,6 +69,7 @@ def insert_submission(
     request: Mapping[str, Any],
     image_row: Mapping[str, Any],
     max_pending: int,
+    received_at: int | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Queues a request, with the row of its picture; returns the submission's row and whether it is new.
 
@@ -75,8 +78,10 @@ def insert_submission(
 
     Args:
         request: what is to be scored, as JSON; `image_hash` and `patient_hmac` are its keys.
+        received_at: microseconds since the epoch; None: now.
 
     Raises:
+        PatientErasedError: since then; the picture's file is the caller's to remove.
         QueueFullError: `max_pending` submissions are queued.
         OtherContentError: the key stands for another request.
     """
@@ -85,11 +90,14 @@ def insert_submission(
         "idempotency_key": key,
         "caller": caller,
         "state": QUEUED,
-        "submitted_at": now_us(),
+        "submitted_at": now_us() if received_at is None else received_at,
         "attempts": 0,
         "request": dict(request),
     }
     with store.writing() as connection:
+        keep_erasures_out(connection)
+        if find_late(connection, [{**request, "received_at": row["submitted_at"]}]):
+            raise PatientErasedError("the patient was erased after this submission was received")
         known = _known_or_room(connection, caller, key, request, max_pending)
         if known is not None:
             return known, False
@@ -159,7 +167,9 @@ def claim_submissions(
             taken = sql.update(submissions).where(submissions.c.id.in_([row["id"] for row in rows]))
             attempts = submissions.c.attempts + 1
             connection.execute(taken.values(state=RUNNING, leased_until=now + lease_us, attempts=attempts))
-        return [Claim(row["id"], row["caller"], row["attempts"] + 1, now + lease_us, row["request"]) for row in rows]
+        return [
+            Claim(row["id"], row["caller"], row["attempts"] + 1, now, now + lease_us, row["request"]) for row in rows
+        ]
 
 
 def finish_submission(store: Store, claim: Claim, result: dict[str, Any] | None, error: str | None = None) -> bool:

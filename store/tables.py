@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 
 # Versions only add tables and indexes: `connect` makes what an older store lacks. Anything else needs a migration.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # SQLite gives an id of its own only to a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -218,6 +218,15 @@ candidates = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("gate_metrics", _Json, nullable=False),
     Column("state", String(16), nullable=False),
+)
+
+# Kept for good: another machine's spool may bring a patient's rows back after any time. It holds no more than the audit
+# trail does.
+erased_patients = Table(
+    "erased_patients",
+    schema,
+    Column("patient_hmac", String(64), primary_key=True),
+    Column("erased_at", BigInteger, nullable=False, index=True),
 )
 
 audit = Table(

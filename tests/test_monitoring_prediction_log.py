@@ -69,7 +69,7 @@ def image():
 
 def test_a_record_comes_back_as_written(log, image):
     written = full_record(image.hash)
-    assert log.write([written], {image.hash: image.data}) == 1
+    assert log.write([written], {image.hash: image.data}).num_new == 1
     assert log.find_by_idempotency_key("clinic", "key") == written
     assert PredictionRecord.from_row(log.store.find_prediction(written.id)) == written
     assert log.image_files.get(image.hash, log.store.image_suffix(image.hash)) == image.data
@@ -78,8 +78,8 @@ def test_a_record_comes_back_as_written(log, image):
 def test_a_retried_write_changes_nothing(log, image):
     first = full_record(image.hash)
     again = first.model_copy(update={"id": "other", "risk": 0.7})
-    assert log.write([first], {image.hash: image.data}) == 1
-    assert log.write([first, again], {image.hash: image.data}) == 0
+    assert log.write([first], {image.hash: image.data}).num_new == 1
+    assert log.write([first, again], {image.hash: image.data}).num_new == 0
     assert log.find_by_idempotency_key("clinic", "key") == first
 
 

@@ -234,8 +234,27 @@ def test_a_key_gives_one_answer_and_one_record(served):
     assert without_time[0] == without_time[1]
     assert len(served.rows()) == 1
     problem(served.predict(lesion_image(9), key="visit-1", metadata=json.dumps(METADATA)), 422, "Idempotency-Key")
-    problem(served.predict(key="visit-1"), 422, "Idempotency-Key")
+    problem(
+        served.predict(key="visit-1"), 422, "Idempotency-Key: this key was used with another metadata; send a new one"
+    )
     assert served.predict(key="visit-2").json()["prediction_id"] != first.json()["prediction_id"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("patient_id", "q"), ("institution", "other"), ("device", "other"), ("acquired_at", "2024-05-02T09:30:00Z")],
+)
+def test_a_key_stands_for_its_origin_too(served, field, value):
+    origin = {"patient_id": "p", "institution": "clinic", "device": "camera", "acquired_at": "2024-05-01T09:30:00Z"}
+    first = served.predict(key="visit-1", **origin)
+    assert served.predict(key="visit-1", **origin).json()["prediction_id"] == first.json()["prediction_id"]
+    without = {name: text for name, text in origin.items() if name != field}
+    for form in (origin | {field: value}, without):
+        problem(served.predict(key="visit-1", **form), 422, f"used with another {field}; send a new one")
+    # Also while it is not looked up, and the store alone knows of the first.
+    served.sidecar.find = lambda *_: asyncio.sleep(0, [None])
+    problem(served.predict(key="visit-1", **without), 422, f"used with another {field}")
+    assert len(served.rows()) == 1
 
 
 def test_a_key_of_a_batch_holds_for_each_item(served):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from modeling.bundle import load_bundle
-from serve.lesion import prepare
+from serve.lesion import Origin, prepare
+from serve.prediction_routes import parse_lesions
 from serve.settings import UploadLimits
+from store.tables import now_us
 from tests.bundle_factory import LocalFusion, LocalScorer, blank_image, lesion_image, lesion_rule
 from tests.local_service import LocalService
 from tests.test_serve_ingress import Served, problem
@@ -40,6 +42,10 @@ def triage(served, images, key=None, patient_id="patient 1", **form):
     return served.client.post(
         "/v1/patients/triage", files=files, data={"patient_id": patient_id, **form}, headers=headers
     )
+
+
+def ranking(answer):
+    return [(lesion["prediction_id"], lesion["rank"], lesion["risk"]) for lesion in answer["lesions"]]
 
 
 def pictures(number):
@@ -150,3 +156,76 @@ def test_a_thousand_tiles_of_one_patient_are_one_request(reference, dermray_home
         assert len(served.rows()) == 1000 and len(served.image_files()) == 20
         refused = triage(served, [*tiles * 50, tiles[0]])
         assert refused.status_code == 400 and "1000" in refused.json()["detail"]
+
+
+def test_a_key_of_other_routes_gives_no_ranking(served):
+    images = pictures(2)
+    files = [("images", ("x", image)) for image in images]
+    batch = served.client.post(
+        "/v1/predict/batch", files=files, data={"patient_id": "patient 1"}, headers={"Idempotency-Key": "visit-1"}
+    )
+    assert [item["context"] for item in batch.json()] == ["image_only"] * 2
+    answer = triage(served, images, key="visit-1").json()
+    assert answer["lesions"] == []
+    for item in answer["refused"]:
+        assert item["error"] == "invalid_field" and "used with another route; send a new one" in item["detail"]
+    # And the other way round, also for one lesion of it.
+    first = triage(served, images, key="visit-2").json()
+    data, headers = {"patient_id": "patient 1"}, {"Idempotency-Key": "visit-2"}
+    for item in served.client.post("/v1/predict/batch", files=files, data=data, headers=headers).json():
+        assert "used with another route" in item["detail"]
+    one = served.client.post(
+        "/v1/predict", files={"image": ("x", images[0])}, data=data, headers={"Idempotency-Key": "visit-2/0"}
+    )
+    problem(one, 422, "used with another route")
+    assert ranking(triage(served, images, key="visit-2").json()) == ranking(first)
+    assert len(served.rows()) == 4
+
+
+def test_another_patient_under_the_same_key_is_refused(served):
+    triage(served, pictures(2), key="visit-1")
+    answer = triage(served, pictures(2), key="visit-1", patient_id="patient 2").json()
+    assert answer["lesions"] == [] and len(served.rows()) == 2
+    assert all("used with another patient_id" in item["detail"] for item in answer["refused"])
+
+
+def test_a_repeat_with_further_lesions_is_refused_as_a_whole_and_stores_none(served):
+    triage(served, pictures(2), key="visit-1")
+    problem(triage(served, pictures(3), key="visit-1"), 422, "used with other lesions")
+    assert len(served.rows()) == 2
+
+
+def test_a_repeat_with_a_picture_that_was_refused_before_has_the_same_answer_and_scores_nothing(served, monkeypatch):
+    images = [pictures(1)[0], b"text", pictures(2)[1]]
+    first = triage(served, images, key="visit-1").json()
+
+    async def never(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(served.service.scoring.scorer, "score", never)
+    assert [item["index"] for item in first["refused"]] == [1] and len(first["lesions"]) == 2
+    again = triage(served, images, key="visit-1").json()
+    assert again["refused"] == first["refused"]
+    assert ranking(again) == ranking(first)
+
+
+def test_ranks_of_one_answer_never_come_from_two_comparisons(served):
+    """Two requests under one key at the same time, of which the second has a lesion more."""
+    find = served.sidecar.find
+
+    async def commits_meanwhile(caller, keys):
+        served.sidecar.find = find
+        found = await find(caller, keys)
+        lesions = parse_lesions(
+            pictures(2), None, Origin(patient_id="patient 1"), "visit-1", caller, now_us(), served.service
+        )
+        await served.service.predict(lesions, "/v1/patients/triage", patient=True)
+        return found
+
+    served.sidecar.find = commits_meanwhile
+    for _ in range(2):
+        problem(triage(served, pictures(3), key="visit-1"), 422, "used with other lesions")
+    # The same request at the same time is the same answer.
+    served.sidecar.find = commits_meanwhile
+    ids = [lesion["prediction_id"] for lesion in triage(served, pictures(2), key="visit-1").json()["lesions"]]
+    assert set(ids) <= {row["id"] for row in served.rows()} and len(ids) == 2

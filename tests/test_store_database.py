@@ -84,13 +84,13 @@ def test_commits_are_synced_and_readers_do_not_block_writers(store):
         assert connection.execute(sql.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sql.text("PRAGMA synchronous")).scalar() == 2  # FULL
         connection.execute(sql.text("SELECT count(*) FROM predictions"))
-        assert store.insert_predictions([prediction_row("a")]) == 1
+        assert store.insert_predictions([prediction_row("a")]).num_new == 1
 
 
 @on_both
 def test_a_prediction_is_stored_once_and_the_first_row_wins(store):
-    assert store.insert_predictions([prediction_row("a", risk=0.1), prediction_row("b")]) == 2
-    assert store.insert_predictions([prediction_row("a", risk=0.9), prediction_row("c")]) == 1
+    assert store.insert_predictions([prediction_row("a", risk=0.1), prediction_row("b")]).num_new == 2
+    assert store.insert_predictions([prediction_row("a", risk=0.9), prediction_row("c")]).num_new == 1
     assert ids(store) == ["a", "b", "c"]
     assert store.find_prediction("a")["risk"] == 0.1
     assert store.find_prediction("z") is None
@@ -98,12 +98,10 @@ def test_a_prediction_is_stored_once_and_the_first_row_wins(store):
 
 @on_both
 def test_one_idempotency_key_holds_one_prediction_per_caller(store):
-    assert (
-        store.insert_predictions([prediction_row("a", idempotency_key="k"), prediction_row("b", idempotency_key="k")])
-        == 1
-    )
-    assert store.insert_predictions([prediction_row("c", idempotency_key="k")]) == 0
-    assert store.insert_predictions([prediction_row("d", idempotency_key="k", caller="other")]) == 1
+    twice = [prediction_row("a", idempotency_key="k"), prediction_row("b", idempotency_key="k")]
+    assert store.insert_predictions(twice).num_new == 1
+    assert store.insert_predictions([prediction_row("c", idempotency_key="k")]).num_new == 0
+    assert store.insert_predictions([prediction_row("d", idempotency_key="k", caller="other")]).num_new == 1
     assert store.find_by_idempotency_key("clinic", "k")["id"] == "a"
     assert store.find_by_idempotency_key("other", "k")["id"] == "d"
     assert store.find_by_idempotency_key("third", "k") is None
@@ -148,7 +146,7 @@ def test_a_locked_store_says_so_and_takes_the_same_rows_later(url, monkeypatch):
     with pytest.raises(StoreUnavailableError, match="locked"):
         store.insert_predictions([prediction_row("a")])
     other.execute("COMMIT")
-    assert store.insert_predictions([prediction_row("a")]) == 1
+    assert store.insert_predictions([prediction_row("a")]).num_new == 1
 
 
 def drift_row(**values) -> dict:
