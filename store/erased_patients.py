@@ -18,6 +18,11 @@ from store.tables import erased_patients, now_us
 
 ROWS_ERASED, FILES_REMOVED = "erase_patient", "erase_patient_files"
 _LOCK = ADVISORY_LOCK + 1
+# Built once: both run in every commit that names a patient.
+_SHARE = sql.select(sql.func.pg_advisory_xact_lock_shared(_LOCK))
+_ERASED_SINCE = sql.select(erased_patients.c.patient_hmac, erased_patients.c.erased_at).where(
+    erased_patients.c.erased_at >= sql.bindparam("oldest")
+)
 
 
 class PatientErasedError(Exception):
@@ -36,7 +41,7 @@ def keep_erasures_out(connection: Connection) -> None:
     each statement after it sees what the erasure before committed.
     """
     if connection.dialect.name == "postgresql":
-        connection.execute(sql.select(sql.func.pg_advisory_xact_lock_shared(_LOCK)))
+        connection.execute(_SHARE)
 
 
 def keep_writers_out(connection: Connection) -> None:
@@ -69,9 +74,9 @@ def find_late(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> froz
     oldest = min((row["received_at"] for row in rows if row.get("patient_hmac") is not None), default=None)
     if oldest is None:
         return frozenset()
-    query = sql.select(erased_patients.c.patient_hmac, erased_patients.c.erased_at)
-    found = connection.execute(query.where(erased_patients.c.erased_at >= oldest)).all()
-    erased = {patient_hmac: erased_at for patient_hmac, erased_at in found}
+    erased = {patient: erased_at for patient, erased_at in connection.execute(_ERASED_SINCE, {"oldest": oldest})}
+    if not erased:
+        return frozenset()
     return frozenset(
         place for place, row in enumerate(rows) if row["received_at"] <= erased.get(row.get("patient_hmac"), -1)
     )
