@@ -133,7 +133,7 @@ class ImageScorer:
         self._settings = ScorerSettings.model_validate(settings)
         self._metrics = metrics or replica_metrics()
         self._model_info = ModelInfo(self._metrics, "ImageScorer")
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._metrics)
         show_ids_in_log()
         self._logic: ImageScorerLogic | None = None
         # One thread: the engine's own threads fill the replica's CPUs, and the event loop stays free meanwhile.

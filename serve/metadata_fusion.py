@@ -139,8 +139,9 @@ class MetadataFusion:
 
     def __init__(self, metrics: Recorder | None = None) -> None:
         self._logic: MetadataFusionLogic | None = None
-        self._model_info = ModelInfo(metrics or replica_metrics(), "MetadataFusion")
-        self._sampler = Sampler()
+        metrics = metrics or replica_metrics()
+        self._model_info = ModelInfo(metrics, "MetadataFusion")
+        self._sampler = Sampler(metrics)
         show_ids_in_log()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
 
