@@ -115,9 +115,9 @@ class DriftLogger:
         self._log = open_log(StorageSettings.model_validate(storage))
         self._logic = DriftLoggerLogic(self._log)
         self._metrics = metrics or replica_metrics()
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._metrics)
         # There is one replica of this deployment: each figure of the store is exported once.
-        self._sampler.add_slow(self._count_submissions)
+        self._sampler.add(self._count_submissions, blocking=True)
         show_ids_in_log()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)

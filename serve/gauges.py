@@ -1,4 +1,4 @@
-"""The figures of an ingress replica that are read once a second, not told."""
+"""The figures of an ingress replica that are read every few seconds, not told."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def watch_admission(sampler: Sampler, metrics: Recorder, admission: Admission) -
 def watch_log(sampler: Sampler, metrics: Recorder, durable: DurableLog, log: PredictionLog) -> None:
     """Whether records go to the spool, and what is in it."""
     sampler.add(lambda: metrics.record(LOG_SPOOLING, int(durable.spooling)))
-    sampler.add_slow(lambda: metrics.record(LOG_SPOOL_PENDING, log.spool.pending()))
+    sampler.add(lambda: metrics.record(LOG_SPOOL_PENDING, log.spool.pending()), blocking=True)

@@ -137,7 +137,7 @@ class ImageScorer:
         self._settings = ScorerSettings.model_validate(settings)
         self._metrics = metrics or replica_metrics()
         self._model_info = ModelInfo(self._metrics, "ImageScorer")
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._metrics)
         show_ids_in_log()
         batch = self._settings.max_batch_size
         self._slot = ModelSlot(lambda model: ImageScorerLogic(model, batch))

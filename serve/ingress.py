@@ -82,7 +82,7 @@ class Backend:
     keys: KeyRing | None = None
     buckets: TokenBuckets | None = None
     metrics: Recorder = field(default_factory=NoMetrics)
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: Sampler = field(default_factory=lambda: Sampler(NoMetrics()))
     answers_ids: bool = True
 
 
@@ -208,7 +208,7 @@ class Ingress:
         patient_key = Path(config.storage.patient_key_file).read_bytes()
         service = PredictionService(scoring, self._log, patient_key, metrics)
         self._worker = SubmissionWorker(service, log, config.submissions)
-        sampler = Sampler()
+        sampler = Sampler(metrics)
         watch_log(sampler, metrics, self._log, log)
         self._backend = Backend(
             service,

@@ -139,9 +139,10 @@ class MetadataFusion:
     """Deployment around `MetadataFusionLogic`."""
 
     def __init__(self, metrics: Recorder | None = None) -> None:
+        metrics = metrics or replica_metrics()
         self._slot = ModelSlot(MetadataFusionLogic)
-        self._model_info = ModelInfo(metrics or replica_metrics(), "MetadataFusion")
-        self._sampler = Sampler()
+        self._model_info = ModelInfo(metrics, "MetadataFusion")
+        self._sampler = Sampler(metrics)
         show_ids_in_log()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
 

@@ -2,26 +2,33 @@
 
 The nodes' logic gets a `Recorder`; in a replica it is `RayMetrics`. Ray exports what is here with the prefix `ray_`,
 and counters with the suffix `_total`; docs/observability.md explains each.
+
+Figures add up in the replica and are told to Ray every few seconds. Ray's own histograms, six values a request, would
+cost more than all else here: 2.5 us for each value in the replica, and 10 in the node's agent, which replays them one by
+one and exports sums of the middles of buckets. A gauge that is not told again is gone after two export intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+import threading
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """One figure.
 
     Attributes:
         labels: their values are few: routes, stages, reasons, error codes, versions; never what a client sent.
         buckets: upper bounds of a histogram's.
-        per_replica: whether it also has the label `replica`; without it those of one node would overwrite each other.
+        per_replica: whether it also has the label `replica`, as every histogram has: Serve's name for what Ray
+            labels with the id of a worker process.
     """
 
     name: str
@@ -32,9 +39,14 @@ class Metric:
     per_replica: bool = False
 
     @property
+    def has_replica(self) -> bool:
+        """Whether there is one of each replica: not of counters, whose increments Ray adds up."""
+        return self.per_replica or self.kind == "histogram"
+
+    @property
     def tag_keys(self) -> tuple[str, ...]:
-        """All labels, in the order in which their values are recorded."""
-        return (*self.labels, "replica") if self.per_replica else self.labels
+        """All labels as exported, but for a bucket's `le`."""
+        return (*self.labels, "replica") if self.has_replica else self.labels
 
     @property
     def exported_name(self) -> str:
@@ -139,11 +151,15 @@ class Recorder(Protocol):
     """Where figures go."""
 
     def record(self, metric: Metric, value: float, *labels: str) -> None:
-        """Adds to a counter, sets a gauge, or puts a value into a histogram.
+        """Adds to a counter, sets a gauge, or puts a value into a histogram; from any thread.
 
         Args:
             labels: the values of `metric.labels`, in order.
         """
+        ...
+
+    def flush(self) -> None:
+        """Passes on what was recorded; to be called every few seconds."""
         ...
 
 
@@ -153,9 +169,17 @@ class NoMetrics:
     def record(self, metric: Metric, value: float, *labels: str) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
+
+_Series = tuple[Metric, tuple[str, ...]]
+
 
 class RayMetrics:
     """Records for Ray, which every node's agent exports; made when a replica starts.
+
+    A histogram is told as gauges `_bucket`, `_sum` and `_count` that only grow, which is what Prometheus computes with.
 
     Args:
         replica: the label of figures that each replica has its own of.
@@ -165,26 +189,57 @@ class RayMetrics:
         from ray.util import metrics
 
         self._replica = replica
-        self._write: dict[str, Callable[..., None]] = {}
-        self._tags: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+        self._lock = threading.Lock()
+        self._counters: dict[_Series, float] = {}
+        self._gauges: dict[_Series, float] = {}
+        self._histograms: dict[_Series, tuple[list[int], list[float]]] = {}
+        self._instruments: dict[str, metrics.Counter | metrics.Gauge] = {}
         for metric in METRICS:
-            arguments: dict[str, Any] = {"description": metric.description, "tag_keys": metric.tag_keys}
-            if metric.kind == "histogram":
-                arguments["boundaries"] = list(metric.buckets)
-                self._write[metric.name] = metrics.Histogram(metric.name, **arguments).observe
-            elif metric.kind == "counter":
-                self._write[metric.name] = metrics.Counter(metric.name, **arguments).inc
+            name, text, keys = metric.name, metric.description, metric.tag_keys
+            if metric.kind == "counter":
+                self._instruments[name] = metrics.Counter(name, text, keys)
+            elif metric.kind == "gauge":
+                self._instruments[name] = metrics.Gauge(name, text, keys)
             else:
-                self._write[metric.name] = metrics.Gauge(metric.name, **arguments).set
+                self._instruments[f"{name}_bucket"] = metrics.Gauge(f"{name}_bucket", text, (*keys, "le"))
+                for part in ("sum", "count"):
+                    self._instruments[f"{name}_{part}"] = metrics.Gauge(f"{name}_{part}", text, keys)
 
     def record(self, metric: Metric, value: float, *labels: str) -> None:
-        if metric.kind == "counter" and value == 0:
-            return  # Ray refuses it
-        tags = self._tags.get((metric.name, labels))
-        if tags is None:
-            values = (*labels, self._replica) if metric.per_replica else labels
-            tags = self._tags[metric.name, labels] = dict(zip(metric.tag_keys, values, strict=True))
-        self._write[metric.name](value, tags)
+        assert len(labels) == len(metric.labels), (metric.name, labels)
+        series = metric, labels
+        with self._lock:
+            if metric.kind == "counter":
+                self._counters[series] = self._counters.get(series, 0.0) + value
+            elif metric.kind == "gauge":
+                self._gauges[series] = value
+            else:
+                if series not in self._histograms:
+                    self._histograms[series] = [0] * (len(metric.buckets) + 1), [0.0]
+                counts, total = self._histograms[series]
+                counts[bisect.bisect_left(metric.buckets, value)] += 1
+                total[0] += value
+
+    def flush(self) -> None:
+        with self._lock:
+            counters, self._counters = self._counters, {}
+            gauges = dict(self._gauges)
+            histograms = {series: (list(counts), total[0]) for series, (counts, total) in self._histograms.items()}
+        for (metric, labels), value in counters.items():
+            if value > 0:  # Ray takes no other
+                self._instruments[metric.name].inc(value, self._tags(metric, labels))
+        for (metric, labels), value in gauges.items():
+            self._instruments[metric.name].set(value, self._tags(metric, labels))
+        for (metric, labels), (counts, total) in histograms.items():
+            tags = self._tags(metric, labels)
+            bounds = (*map("{:g}".format, metric.buckets), "+Inf")
+            for bound, number in zip(bounds, itertools.accumulate(counts), strict=True):
+                self._instruments[f"{metric.name}_bucket"].set(number, {**tags, "le": bound})
+            self._instruments[f"{metric.name}_sum"].set(total, tags)
+            self._instruments[f"{metric.name}_count"].set(sum(counts), tags)
+
+    def _tags(self, metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
+        return dict(zip(metric.tag_keys, (*labels, self._replica) if metric.has_replica else labels, strict=True))
 
 
 def replica_metrics() -> Recorder:

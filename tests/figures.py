@@ -12,11 +12,15 @@ class Figures:
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(list)
+        self.flushed = 0
 
     def record(self, metric: Metric, value: float, *labels: str) -> None:
         assert len(labels) == len(metric.labels), (metric.name, labels)
         assert all(isinstance(label, str) for label in labels), labels
         self._values[metric.name, labels].append(value)
+
+    def flush(self) -> None:
+        self.flushed += 1
 
     def values(self, metric: Metric, *labels: str) -> list[float]:
         return self._values.get((metric.name, labels), [])

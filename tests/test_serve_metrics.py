@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray.util.metrics
 from starlette.testclient import TestClient
 
 from serve.admission import Admission
@@ -159,7 +160,8 @@ def test_a_fault_of_the_service_is_counted_too(observed, monkeypatch):
 
 def test_admission_tells_who_is_inside_who_waits_and_how_many_were_refused():
     async def scenario():
-        figures, sampler = Figures(), Sampler()
+        figures = Figures()
+        sampler = Sampler(figures)
         settings = AdmissionSettings(max_requests=2, patience_s=30, max_waiting=1)
         admission = Admission(settings, lambda: 0.0, 1)
         watch_admission(sampler, figures, admission)
@@ -184,7 +186,8 @@ def test_admission_tells_who_is_inside_who_waits_and_how_many_were_refused():
 
 def test_a_service_that_spools_says_so_and_how_much(observed):
     async def scenario():
-        figures, sampler = Figures(), Sampler()
+        figures = Figures()
+        sampler = Sampler(figures)
         durable = DurableLog(observed.sidecar, observed.log, DriftLoggerSettings(attempts=1, replay_interval_s=60))
         watch_log(sampler, figures, durable, observed.log)
         await sampler.sample()
@@ -266,46 +269,125 @@ def test_the_sidecar_tells_commits_that_worked_and_those_that_did_not(observed, 
 
 def test_a_figure_that_cannot_be_read_stops_no_other(caplog):
     async def scenario():
-        sampler, read = Sampler(interval_s=0.001), []
+        figures, read = Figures(), []
+        sampler = Sampler(figures, interval_s=0.001, log_interval_s=0.001)
 
         def fail():
             raise OSError("disk")
 
         on_loop = threading.get_ident()
         sampler.add(fail)
-        sampler.add(lambda: read.append("quick"))
-        sampler.add_slow(fail)
-        sampler.add_slow(lambda: read.append(threading.get_ident() != on_loop))
+        sampler.add(lambda: read.append(threading.get_ident() == on_loop))
+        sampler.add(fail, blocking=True)
+        sampler.add(lambda: read.append(threading.get_ident() == on_loop), blocking=True)
         sampler.start()
         sampler.start()
-        while read.count("quick") < 3:
+        while figures.flushed < 3:
             await asyncio.sleep(0.001)
         await sampler.stop()
-        told = len(read)
+        # One that may block is read off the event loop.
+        assert read[:4] == [True, False, True, False]
+        told = figures.flushed
         await asyncio.sleep(0.01)
-        assert len(read) == told, "it goes on after its end"
-        # The slow ones are asked seldom, and off the event loop.
-        assert read.count(True) == 1 and False not in read
+        assert figures.flushed == told, "it goes on after its end"
 
     asyncio.run(scenario())
     assert "disk" in caplog.text
 
 
-def test_ray_takes_every_metric_with_its_labels():
-    """Ray refuses wrong names, labels and buckets; it needs no cluster for that."""
-    metrics = RayMetrics("replica")
+class Told:
+    """Ray's counters and gauges, as this process tells them: values by name and labels."""
+
+    def __init__(self, monkeypatch):
+        self.values = {}
+        for kind, method in (("Counter", "inc"), ("Gauge", "set")):
+            whole = getattr(getattr(ray.util.metrics, kind), method)
+            monkeypatch.setattr(getattr(ray.util.metrics, kind), method, self._watched(kind, whole))
+
+    def _watched(self, kind, whole):
+        def tell(instrument, value, tags):
+            whole(instrument, value, tags)  # refuses what Ray refuses
+            key = instrument.info["name"], frozenset(tags.items())
+            self.values[key] = value + (self.values.get(key, 0) if kind == "Counter" else 0)
+
+        return tell
+
+    def __call__(self, name, **tags):
+        return self.values.get((name, frozenset(tags.items())))
+
+
+def test_what_is_recorded_reaches_ray_added_up(monkeypatch):
+    """Ray refuses wrong names and labels; it needs no cluster for that."""
+    told, metrics = Told(monkeypatch), RayMetrics("r1")
+    for value in (0.0005, 0.001, 0.004, 0.3, 99):
+        metrics.record(STAGE_SECONDS, value, "/v1/predict", "score")
+    for _ in range(3):
+        metrics.record(PREDICTIONS, 1, "/v1/predict", "low", "7")
+    metrics.record(ADMISSION_REFUSALS, 0)
+    for value in (5, 4):
+        metrics.record(ADMISSION_INSIDE, value)
+    assert told.values == {}
+    metrics.flush()
+    assert told("dermray_predictions", route="/v1/predict", band="low", model_version="7") == 3
+    assert told("dermray_admission_inside", replica="r1") == 4
+    labels = {"route": "/v1/predict", "stage": "score", "replica": "r1"}
+
+    def buckets():
+        bounds = ("0.001", "0.002", "0.005", "0.2", "0.5", "30", "+Inf")
+        return [told("dermray_stage_seconds_bucket", **labels, le=bound) for bound in bounds]
+
+    assert buckets() == [2, 2, 3, 3, 4, 4, 5]
+    assert told("dermray_stage_seconds_count", **labels) == 5
+    assert told("dermray_stage_seconds_sum", **labels) == pytest.approx(99.3055)
+
+    # What stays as it was is told again, or Ray would forget it; what grows, grows.
+    told.values.clear()
+    metrics.record(STAGE_SECONDS, 0.3, "/v1/predict", "score")
+    metrics.record(PREDICTIONS, 1, "/v1/predict", "low", "7")
+    metrics.flush()
+    assert told("dermray_predictions", route="/v1/predict", band="low", model_version="7") == 1
+    assert told("dermray_admission_inside", replica="r1") == 4
+    assert buckets() == [2, 2, 3, 3, 5, 5, 6]
+
+
+def test_ray_takes_every_metric_with_its_labels(monkeypatch):
+    told, metrics = Told(monkeypatch), RayMetrics("r1")
     for metric in METRICS:
-        for value in (0, 1.5):
-            metrics.record(metric, value, *metric.labels)
-        with pytest.raises(ValueError):
+        metrics.record(metric, 1.5, *metric.labels)
+        with pytest.raises(AssertionError):
             metrics.record(metric, 1, *metric.labels, "one too many")
-    assert isinstance(replica_metrics(), NoMetrics), "this process is no replica"
-    assert asyncio.run(_fusion_without_serve()) == "ok"
+    metrics.flush()
+    for metric in METRICS:
+        tags = dict(zip(metric.tag_keys, (*metric.labels, "r1"), strict=False))
+        name = metric.name if metric.kind != "histogram" else f"{metric.name}_sum"
+        assert told(name, **tags) == 1.5, metric.name
 
 
-async def _fusion_without_serve():
-    MetadataFusion()
-    return "ok"
+def test_threads_lose_no_count(monkeypatch):
+    told, metrics = Told(monkeypatch), RayMetrics("r1")
+
+    def record():
+        for _ in range(2000):
+            metrics.record(SCORER_BUSY_SECONDS, 1)
+            metrics.record(LOG_COMMIT_ROWS, 2)
+
+    threads = [threading.Thread(target=record) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        metrics.flush()
+    metrics.flush()
+    assert (
+        told("dermray_scorer_busy_seconds", replica="r1") == told("dermray_log_commit_rows_count", replica="r1") == 6000
+    )
+
+
+def test_outside_of_a_replica_nothing_is_told():
+    async def scenario():
+        MetadataFusion()
+        assert isinstance(replica_metrics(), NoMetrics)
+
+    asyncio.run(scenario())
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists():
