@@ -4,8 +4,8 @@ The nodes' logic gets a `Recorder`; in a replica it is `RayMetrics`. Ray exports
 and counters with the suffix `_total`; docs/observability.md explains each.
 
 Figures add up in the replica and are told to Ray every few seconds. Ray's own histograms, six values a request, would
-cost more than all else here: 2.5 us for each value in the replica, and 10 in the node's agent, which replays them one
-by one and exports sums of the middles of buckets. A gauge that is not told again is gone after two export intervals.
+cost more than all else here: 2.5 us a value in the replica and 10 us in the node's agent, which replays them one by one
+and exports sums of the middles of buckets. A gauge that is not told again is gone after two export intervals.
 """
 
 from __future__ import annotations
