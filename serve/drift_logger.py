@@ -16,6 +16,7 @@ from typing import Any
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
 from serve.metrics import LOG_COMMIT_ROWS, LOG_COMMIT_SECONDS, SUBMISSIONS_PENDING, Recorder, replica_metrics
+from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
 from serve.settings import StorageSettings
@@ -119,6 +120,7 @@ class DriftLogger:
         # There is one replica of this deployment: each figure of the store is exported once.
         self._sampler.add(self._count_submissions, blocking=True)
         show_ids_in_log()
+        listen_on_node_address()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
 

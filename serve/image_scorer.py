@@ -16,6 +16,7 @@ from modeling.bundle import load_bundle
 from modeling.engines import start_engine
 from serve.metrics import SCORER_BUSY_SECONDS, SCORER_PICTURES, ModelInfo, Recorder, replica_metrics
 from serve.model_slot import ModelSlot
+from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
 from serve.settings import ModelReference, ScorerSettings
@@ -139,6 +140,7 @@ class ImageScorer:
         self._model_info = ModelInfo(self._metrics, "ImageScorer")
         self._sampler = Sampler(self._metrics)
         show_ids_in_log()
+        listen_on_node_address()
         batch = self._settings.max_batch_size
         self._slot = ModelSlot(lambda model: ImageScorerLogic(model, batch))
         runs = self._settings.max_concurrent_batches

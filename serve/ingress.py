@@ -35,6 +35,7 @@ from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
+from serve.private_ports import listen_on_node_address
 from serve.problem_counter import ProblemCounter
 from serve.rate_limit import TokenBuckets
 from serve.read_deadline import ReadDeadline
@@ -188,6 +189,7 @@ class Ingress:
         self._settings = settings
         self._slot = ModelSlot(ServedModel.load)
         show_ids_in_log()
+        listen_on_node_address()
         metrics = replica_metrics()
         self._model_info = ModelInfo(metrics, "Ingress")
         log = open_log(config.storage)

@@ -13,6 +13,7 @@ import numpy as np
 from modeling.bundle import load_bundle
 from serve.metrics import ModelInfo, Recorder, replica_metrics
 from serve.model_slot import ModelSlot
+from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
 from serve.settings import ModelReference
@@ -144,6 +145,7 @@ class MetadataFusion:
         self._model_info = ModelInfo(metrics, "MetadataFusion")
         self._sampler = Sampler(metrics)
         show_ids_in_log()
+        listen_on_node_address()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fusion")
 
     async def reconfigure(self, config: dict[str, Any]) -> None:

@@ -120,13 +120,15 @@ class PredictionService:
         """Makes an attempt with the model of the moment, again while the nodes hold different ones, until its time,
         `time.monotonic()`, is over."""
         deadline = time.monotonic() + self.settings.request_timeout_s
-        give_up = time.monotonic() + _ROLLOUT_TIMEOUT_S
+        give_up: float | None = None
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 while True:
                     try:
                         return await attempt(self.model, deadline)
                     except ModelsDifferError as error:
+                        # From the first disagreement on: a large request may have taken long until then.
+                        give_up = give_up or time.monotonic() + _ROLLOUT_TIMEOUT_S
                         if time.monotonic() > give_up:
                             raise self.unavailable("a new model is being rolled out") from error
                         await asyncio.sleep(_ROLLOUT_POLL_S)

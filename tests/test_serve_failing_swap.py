@@ -103,7 +103,7 @@ def test_a_model_that_fails_at_the_switch_is_taken_back(service, flags, monkeypa
     monkeypatch.setattr(deploy_service, "prepare_replicas", lambda *_: None)
 
     def deploy() -> None:
-        with pytest.raises(ValueError, match="is not served: ImageScorer: .*abacus.*; version .* answers again"):
+        with pytest.raises(ValueError, match="is not served: .*ImageScorer: .*abacus.*; version .* answers again"):
             run(DeployServiceConfig(bundle=uri, **flags))
 
     traffic = Traffic(service)
