@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from store import audit_chain
 from store.connection import ADVISORY_LOCK, connect
+from store.shadow_records import is_shadow_id, with_champions
 from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
 
 _PAGE_ROWS = 2_000
@@ -100,16 +101,25 @@ class Store:
     def insert_predictions(self, rows: Sequence[dict[str, Any]], image_rows: Sequence[dict[str, Any]] = ()) -> int:
         """Writes prediction rows, and rows of their images, in one transaction; returns how many were new.
 
-        A row whose id, or whose (caller, idempotency_key), is already stored is left as it was.
+        A row whose id, or whose (caller, idempotency_key), is already stored is left as it was. A shadow's row whose
+        champion's is not stored, because it was erased, is left out.
         """
+        shadows = [row for row in rows if is_shadow_id(row["id"])]
         with self.writing() as connection:
             if image_rows:
                 connection.execute(self._insert(images).on_conflict_do_nothing(), list(image_rows))
-            if not rows:
-                return 0
-            # One statement for all rows needs all columns in each of them.
-            complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in rows]
-            return connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
+            if not shadows:
+                return self._insert_rows(connection, rows)
+            champions = [row for row in rows if not is_shadow_id(row["id"])]
+            new = self._insert_rows(connection, champions)
+            return new + self._insert_rows(connection, with_champions(connection, shadows))
+
+    def _insert_rows(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
+        if not rows:
+            return 0
+        # One statement for all rows needs all columns in each of them.
+        complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in rows]
+        return connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
 
     def find_prediction(self, prediction_id: str) -> dict[str, Any] | None:
         """The prediction row with this id, or None."""
