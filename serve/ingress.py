@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,17 @@ from serve.records import RecordService
 from serve.retrain_routes import add_retrain_routes
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
-from serve.settings import ModelReference, ServeSettings
+from serve.settings import ServeSettings
+from serve.shadow_model import open_shadow, shadow_handle
+from serve.shadow_settings import ServedModels, ShadowReference
 from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
 from serve.triage_routes import add_triage_routes
 from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
+
+logger = logging.getLogger("ray.serve")
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
@@ -163,7 +168,7 @@ class Ingress:
         drift_logger: DeploymentHandle,
         settings: dict[str, Any],
     ):
-        config = ServeSettings.model_validate(settings)
+        self._settings = config = ServeSettings.model_validate(settings)
         log = open_log(config.storage)
         self._log = DurableLog(SidecarNode(drift_logger), log, config.drift_logger)
         access = config.access
@@ -195,18 +200,33 @@ class Ingress:
         return build_api(self._backend)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Loads the manifest of a `ModelReference`; the replica keeps its old model when that fails."""
+        """Loads the manifests of `ServedModels`; the replica keeps its old champion when that fails."""
+        models = ServedModels.model_validate(config)
         # Hashing a bundle, or fetching it, takes seconds in which others want their answers.
         load = asyncio.get_running_loop().run_in_executor
-        model = await load(None, ServedModel.load, ModelReference.model_validate(config))
-        self._backend.service.use_model(model)
+        self._backend.service.use_model(await load(None, ServedModel.load, models.champion))
+        await self._use_shadow(models.shadow)
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:
             await self._backend.keys.start()
         self._worker.start()
 
+    async def _use_shadow(self, wanted: ShadowReference | None) -> None:
+        service = self._backend.service
+        if service.shadow is not None and service.shadow.reference == wanted:
+            return
+        service.use_shadow(None)
+        if wanted is None:
+            return
+        try:
+            service.use_shadow(await open_shadow(wanted, shadow_handle(wanted), self._settings, self._log))
+        except Exception as error:
+            # A replica that starts when the shadow's bundle is gone must answer with the champion all the same.
+            logger.error("no shadow: model %s does not load: %r", wanted.model.version, error)
+
     async def __del__(self) -> None:
         # Serve calls it before it ends a replica, also one whose constructor failed.
         if hasattr(self, "_worker"):
+            self._backend.service.use_shadow(None)
             await self._worker.stop()
