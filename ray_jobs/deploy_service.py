@@ -1,4 +1,5 @@
-"""Deploys or updates the HTTP service for the champion, and waits until it answers with that model.
+"""Deploys or updates the HTTP service for the champion, and waits until it answers with that model. With `--shadow` a
+challenger scores a copy of the traffic beside it; without, none does.
 
 The service runs on the cluster of RAY_ADDRESS or of the submitted job and outlives this job: its replicas take their
 code from a zip file below `releases`, their model from the registry's bundle, and hold absolute paths only.
@@ -15,14 +16,15 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from modeling.bundle import load_bundle
+from modeling.bundle import Bundle, load_bundle
 from modeling.engine_set import find_engine_set
-from modeling.registry import Registry
+from modeling.registry import Registry, find_model
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
 from serve.image_scorer import ImageScorerLogic
 from serve.metadata_fusion import MetadataFusionLogic
@@ -41,6 +43,7 @@ from serve.settings import (
     SubmissionSettings,
     UploadLimits,
 )
+from serve.shadow_settings import ShadowReference, ShadowSettings
 from store.api_keys import list_api_keys
 from store.database import StoreUnavailableError, open_store
 
@@ -51,6 +54,8 @@ _EXCEPTION = re.compile(r"^\s*((?:[\w.]+(?:Error|Exception)): .+)$", re.MULTILIN
 class DeployServiceConfig(JobConfig):
     model: str = Field("champion", description="alias or version in the registry")
     bundle: Location | None = Field(None, description="serve this bundle instead, without a registry")
+    shadow: str | None = Field(None, description="challenger beside it: registry alias, version, or a bundle's path")
+    shadowing: ShadowSettings = Field(default_factory=ShadowSettings)
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
     model_name: str = "dermray"
@@ -105,15 +110,40 @@ def resolve_model(config: DeployServiceConfig) -> ModelReference:
     """
     if config.bundle is not None:
         bundle = load_bundle(config.bundle)
-        uri, version = config.bundle, f"bundle-{bundle.digest[:12]}"
-    else:
-        found = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+        return _reference(config, config.bundle, bundle)
+    found = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+    return _reference(config, found.uri, load_bundle(found.uri, found.digest), found.version)
+
+
+def resolve_shadow(config: DeployServiceConfig, champion: ModelReference) -> ShadowReference | None:
+    """The challenger of `shadow`, verified as the champion is; None where there is to be none.
+
+    Raises:
+        ValueError: as `resolve_model`, or a model that was trained for something else than the champion.
+    """
+    if config.shadow is None:
+        return None
+    try:
+        found = find_model(config.shadow, config.tracking_uri, config.model_name, config.artifact_root)
         bundle = load_bundle(found.uri, found.digest)
-        uri, version = found.uri, found.version
+        model = _reference(config, found.uri, bundle, found.version)
+    except ValueError as error:
+        raise ValueError(f"shadow = {config.shadow!r}: {error}") from error
+    served = load_bundle(champion.bundle_uri, champion.sha256).task
+    unknown = sorted(set(bundle.task.columns) - set(served.columns))
+    if unknown:
+        say(f"the champion takes no {', '.join(unknown)}: the shadow scores as if nobody had given it")
+    if model.sha256 == champion.sha256:
+        say("the shadow is the champion itself")
+    return ShadowReference(model=model, settings=config.shadowing)
+
+
+def _reference(config: DeployServiceConfig, uri: str, bundle: Bundle, version: str = "") -> ModelReference:
     engine_set = find_engine_set(config.engine_sets, bundle.digest)
     if engine_set is None:
-        say("no engine set for this bundle and device (export_engine makes one): ONNX Runtime with one thread")
+        say(f"no engine set for bundle {uri} and this device (export_engine makes one): ONNX Runtime with one thread")
     engine = None if engine_set is None else engine_set.choice
+    version = version or f"bundle-{bundle.digest[:12]}"
     return ModelReference(bundle_uri=uri, sha256=bundle.digest, version=version, engine=engine)
 
 
@@ -248,29 +278,41 @@ def _get(url: str) -> dict[str, Any] | None:
         return None
 
 
-def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None:
-    """Returns once the application runs and every node answers with this model.
+def wait_until_ready(config: DeployServiceConfig, model: ModelReference, shadow: ShadowReference | None = None) -> None:
+    """Returns once the application runs, every node answers with this model, and this shadow gets its copies.
 
     Raises:
         ValueError: a deployment failed, with its reason.
         TimeoutError: not ready in `ready_timeout_s`, with the state of each deployment.
     """
+    expected = (model.sha256, model.version, None if shadow is None else shadow.model.sha256)
+
+    def answers() -> bool:
+        ready = _get(f"{config.url}/readyz")
+        card = _get(f"{config.url}/v1/model") if ready is not None and ready["status"] == "ok" else None
+        if card is None:
+            return False
+        return (card["digest"], card["model_version"], (card["shadow"] or {}).get("digest")) == expected
+
+    wait_until_running(config, APP_NAME, "the service", answers)
+
+
+def wait_until_running(
+    config: DeployServiceConfig, name: str, what: str, answers: Callable[[], bool] = lambda: True
+) -> None:
+    """Returns once a Serve application runs and `answers`; errors as in `wait_until_ready`."""
     from ray import serve
 
     deadline = time.monotonic() + config.ready_timeout_s
     while True:
-        application = serve.status().applications.get(APP_NAME)
+        application = serve.status().applications.get(name)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ValueError(f"the service did not start: {_reason(application)}")
-        if application is not None and application.status == "RUNNING":
-            ready = _get(f"{config.url}/readyz")
-            if ready is not None and ready["status"] == "ok":
-                card = _get(f"{config.url}/v1/model")
-                if card is not None and (card["digest"], card["model_version"]) == (model.sha256, model.version):
-                    return
+            raise ValueError(f"{what} did not start: {_reason(application)}")
+        if application is not None and application.status == "RUNNING" and answers():
+            return
         if time.monotonic() > deadline:
             state = "is not deployed" if application is None else f"is {application.status}: {_reason(application)}"
-            raise TimeoutError(f"the service was not ready in {config.ready_timeout_s:g} s; it {state}")
+            raise TimeoutError(f"{what} was not ready in {config.ready_timeout_s:g} s; it {state}")
         time.sleep(_POLL_S)
 
 
@@ -284,14 +326,35 @@ def _reason(application: Any) -> str:
     return "; ".join(parts)
 
 
+def start_shadow(config: DeployServiceConfig, settings: ServeSettings, shadow: ShadowReference) -> None:
+    """Starts a shadow beside what runs; one that does not start is taken away again.
+
+    Raises:
+        ValueError, TimeoutError: why it does not run; the service was not touched.
+    """
+    from serve.shadow_model import delete_shadow, run_shadow
+
+    say(f"starting shadow {shadow.model.version} from {shadow.model.bundle_uri}")
+    run_shadow(settings, shadow)
+    try:
+        wait_until_running(config, shadow.app_name, "the shadow")
+    except (ValueError, TimeoutError):
+        delete_shadow(shadow.app_name)
+        raise
+
+
 def run(config: DeployServiceConfig) -> dict[str, Any]:
     """Deploys; returns where the service answers and which model."""
     from ray.serve.api import RunTarget, run_many
 
     from serve.app import build_app
+    from serve.shadow_model import delete_shadow, running_shadows
 
     model = resolve_model(config)
+    shadow = resolve_shadow(config, model)
     load_once(model, config.scorer)
+    if shadow is not None:
+        load_once(shadow.model, config.scorer.model_copy(update={"num_gpus": shadow.settings.num_gpus}))
     check_store(config)
     ensure_patient_key(Path(config.patient_key_file))
     release = write_release(REPO_ROOT, Path(config.releases))
@@ -300,16 +363,23 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     if not ipaddress.ip_address(config.host).is_loopback:
         say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
     start_serve(config)
+    if shadow is not None:
+        start_shadow(config, settings, shadow)
     say(f"deploying model version {model.version} from {model.bundle_uri}")
-    application = build_app(settings, model)
+    application = build_app(settings, model, shadow)
     run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
-    wait_until_ready(config, model)
+    wait_until_ready(config, model, shadow)
+    # Only now: no ingress replica sends copies to the others any more.
+    for name in running_shadows():
+        if shadow is None or name != shadow.app_name:
+            delete_shadow(name)
     return {
         "url": config.url,
         "docs": f"{config.url}/docs",
         "model_version": model.version,
         "digest": model.sha256,
         "engine": (_get(f"{config.url}/v1/model") or {}).get("engine"),
+        "shadow": None if shadow is None else shadow.model.version,
         "release": str(release),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,14 @@ from serve.retrain_routes import add_retrain_routes
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ServeSettings
-from serve.shadow_model import open_shadow, shadow_handle
-from serve.shadow_settings import ServedModels, ShadowReference
+from serve.shadow_model import switch_shadow
+from serve.shadow_settings import ServedModels
 from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
 from serve.triage_routes import add_triage_routes
 from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
-
-logger = logging.getLogger("ray.serve")
 
 NOTICE_HEADER = "X-Dermray-Notice"
 # Room for boundaries, field names and the text fields beside the image.
@@ -205,25 +202,12 @@ class Ingress:
         # Hashing a bundle, or fetching it, takes seconds in which others want their answers.
         load = asyncio.get_running_loop().run_in_executor
         self._backend.service.use_model(await load(None, ServedModel.load, models.champion))
-        await self._use_shadow(models.shadow)
+        await switch_shadow(self._backend.service, models.shadow, self._settings, self._log)
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:
             await self._backend.keys.start()
         self._worker.start()
-
-    async def _use_shadow(self, wanted: ShadowReference | None) -> None:
-        service = self._backend.service
-        if service.shadow is not None and service.shadow.reference == wanted:
-            return
-        service.use_shadow(None)
-        if wanted is None:
-            return
-        try:
-            service.use_shadow(await open_shadow(wanted, shadow_handle(wanted), self._settings, self._log))
-        except Exception as error:
-            # A replica that starts when the shadow's bundle is gone must answer with the champion all the same.
-            logger.error("no shadow: model %s does not load: %r", wanted.model.version, error)
 
     async def __del__(self) -> None:
         # Serve calls it before it ends a replica, also one whose constructor failed.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.serve.api import RunTarget, run_many
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -20,10 +22,13 @@ from serve.durable_log import DurableLog
 from serve.image_scorer import ActivationMap, ImageScorer, ImageScores
 from serve.metadata_fusion import FusedRisks, MetadataFusion
 from serve.nodes import FusionNode, ScorerNode
+from serve.prediction_service import PredictionService
 from serve.served_model import ServedModel
 from serve.settings import ServeSettings
 from serve.shadow_scoring import CopyScoring, ShadowScoring
-from serve.shadow_settings import ShadowReference
+from serve.shadow_settings import SHADOW_APP_PREFIX, ShadowReference
+
+logger = logging.getLogger("ray.serve")
 
 _NAME = "ShadowModel"
 # As the champion's nodes.
@@ -90,20 +95,48 @@ def build_shadow_app(settings: ServeSettings, shadow: ShadowReference) -> serve.
     return deployment.bind(*arguments)
 
 
+def run_shadow(settings: ServeSettings, shadow: ShadowReference) -> None:
+    """Starts or updates a shadow's application; returns before it runs."""
+    target = RunTarget(build_shadow_app(settings, shadow), name=shadow.app_name, route_prefix=None)
+    run_many([target], wait_for_applications_running=False)
+
+
+def running_shadows() -> list[str]:
+    """Names of the shadows' applications."""
+    return [name for name in serve.status().applications if name.startswith(SHADOW_APP_PREFIX)]
+
+
+def delete_shadow(app_name: str) -> None:
+    """Ends a shadow; not waited for, because behind HAProxy its replica takes half a minute."""
+    serve.delete(app_name, _blocking=False)
+
+
 def shadow_handle(shadow: ShadowReference) -> DeploymentHandle:
     """A handle to the shadow's deployment, whether or not it runs; calls wait until it does."""
     return serve.get_deployment_handle(_NAME, shadow.app_name, _check_exists=False)
 
 
-async def open_shadow(
-    shadow: ShadowReference, handle: DeploymentHandle, settings: ServeSettings, log: DurableLog
-) -> ShadowScoring:
-    """The shadow as an ingress replica uses it.
+async def switch_shadow(
+    service: PredictionService, wanted: ShadowReference | None, settings: ServeSettings, log: DurableLog
+) -> None:
+    """Has the service's answers scored by this shadow from now on; the one that it has already stays as it is.
 
-    Raises:
-        ValueError: its bundle does not verify.
+    A shadow that does not load leaves the service without one: a replica that starts when the shadow's bundle is gone
+    must answer with the champion all the same.
     """
-    model = await asyncio.get_running_loop().run_in_executor(None, ServedModel.load, shadow.model)
+    if service.shadow is not None and service.shadow.reference == wanted:
+        return
+    service.use_shadow(None)
+    if wanted is None:
+        return
+    try:
+        # Hashing a bundle, or fetching it, takes seconds in which others want their answers.
+        load = asyncio.get_running_loop().run_in_executor
+        model = await load(None, ServedModel.load, wanted.model)
+        handle = shadow_handle(wanted)
+    except Exception as error:
+        logger.error("no shadow: model %s does not load: %r", wanted.model.version, error)
+        return
     one_replica = settings.scorer.model_copy(update={"min_replicas": 1, "max_replicas": 1})
     scoring = CopyScoring(
         ScorerNode(handle, one_replica, settings.ingress.retry_after_s),
@@ -112,4 +145,4 @@ async def open_shadow(
         settings.ingress.model_copy(update={"decode_threads": 1}),
         settings.scorer.max_batch_size,
     )
-    return ShadowScoring(shadow, model, scoring, log)
+    service.use_shadow(ShadowScoring(wanted, model, scoring, log))
