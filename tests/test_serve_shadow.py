@@ -44,13 +44,14 @@ def deploy(service: Service, ray_connected, monkeypatch):
     # The same code, even if a file was edited since: another release restarts the replicas.
     monkeypatch.setattr("ray_jobs.deploy_service.write_release", lambda *_: Path(service.config["release"]))
 
-    def deploy_with(shadow: str | None, **shadowing) -> dict:
+    def deploy_with(shadow: str | None, ready_timeout_s: float = 180, **shadowing) -> dict:
         return run(
             DeployServiceConfig(
                 bundle=str(service.home / "bundles" / "first"),
                 shadow=shadow,
                 shadowing={"niceness": NICENESS, "max_pause_s": 1, **shadowing},
                 port=ray_connected.http_port,
+                ready_timeout_s=ready_timeout_s,
                 drift_logger={"attempt_timeout_s": 2},
                 scorer={"max_replicas": 1},
             )
@@ -114,11 +115,12 @@ def test_a_shadow_comes_dies_changes_and_goes_and_no_request_or_replica_of_the_c
     store.close()
 
 
-def test_a_shadow_that_does_not_start_is_refused_and_the_service_untouched(service, deploy):
-    second = served_bundle(service.home / "bundles" / "no_room", onnx_bias=0.5)
+def test_a_shadow_that_does_not_start_is_taken_away_and_the_service_untouched(service, deploy):
+    bundle = served_bundle(service.home / "bundles" / "no_room", onnx_bias=0.5)
     before = {name: set(replicas(name)) for name in CHAMPION_NODES}
-    Path(second.bundle_uri, "model_card.md").write_text("changed")
-    with pytest.raises(ValueError, match=r"shadow = .*model_card.md"):
-        deploy(second.bundle_uri)
-    assert shadow_apps() == set()
+    with pytest.raises(TimeoutError, match=r"the shadow was not ready in 8 s; it is DEPLOYING"):
+        deploy(bundle.bundle_uri, ready_timeout_s=8, num_cpus=1000)
+    wait_for(lambda: not shadow_apps(), "the end of the shadow")
+    assert service.predict(78).status_code == 200
+    assert service.client.get(f"{service.url}/v1/model").json()["shadow"] is None
     assert {name: set(replicas(name)) for name in CHAMPION_NODES} == before
