@@ -307,22 +307,24 @@ def wait_until_running(
     while True:
         application = serve.status().applications.get(name)
         if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ValueError(f"{what} did not start: {_reason(application)}")
+            raise ValueError(f"{what} did not start: {_reason(application, name)}")
         if application is not None and application.status == "RUNNING" and answers():
             return
         if time.monotonic() > deadline:
-            state = "is not deployed" if application is None else f"is {application.status}: {_reason(application)}"
+            state = "is not deployed"
+            if application is not None:
+                state = f"is {application.status.value}: {_reason(application, name)}"
             raise TimeoutError(f"{what} was not ready in {config.ready_timeout_s:g} s; it {state}")
         time.sleep(_POLL_S)
 
 
-def _reason(application: Any) -> str:
+def _reason(application: Any, name: str = APP_NAME) -> str:
     """One line from Serve's messages, which hold whole tracebacks."""
-    messages = {name: deployment.message for name, deployment in application.deployments.items() if deployment.message}
+    messages = {node: deployment.message for node, deployment in application.deployments.items() if deployment.message}
     parts = []
-    for name, message in messages.items() or {APP_NAME: application.message}.items():
+    for where, message in messages.items() or {name: application.message}.items():
         errors = _EXCEPTION.findall(message)
-        parts.append(f"{name}: {errors[-1] if errors else ' '.join(message.split())[:500] or 'no message'}")
+        parts.append(f"{where}: {errors[-1] if errors else ' '.join(message.split())[:500] or 'no message'}")
     return "; ".join(parts)
 
 
