@@ -1,5 +1,6 @@
 """Deploys or updates the HTTP service for the champion, and waits until it answers with that model. A model that does
-not load on every replica changes nothing, and a service that does not come up gets back the model and settings it had.
+not load on every replica changes nothing, and a service that does not come up gets back what it had. With `--shadow` a
+challenger scores a copy of the traffic beside it; without, none does.
 
 The service runs on the cluster of RAY_ADDRESS or of the submitted job and outlives this job: its replicas take their
 code from a zip file below `releases`, their model from the registry's bundle, and hold absolute paths only.
@@ -8,31 +9,26 @@ code from a zip file below `releases`, their model from the registry's bundle, a
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import re
 import secrets
 import socket
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from data_pipelines.cluster_nodes import cluster_nodes
-from modeling.bundle import load_bundle
+from modeling.bundle import Bundle, load_bundle
 from modeling.engine_set import find_engine_set
-from modeling.registry import Registry
+from modeling.registry import Registry, find_model
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
-from ray_jobs.model_swap import Deployed, all_replicas_hold, prepare_replicas, running_service
+from ray_jobs.model_swap import Deployed, running_service
+from ray_jobs.service_rollout import Rollout
 from ray_jobs.service_room import check_room
 from serve.image_scorer import ImageScorerLogic
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.release import write_release
 from serve.settings import (
-    APP_NAME,
     REPLICA_ENVIRONMENT,
     AccessSettings,
     DriftLoggerSettings,
@@ -45,16 +41,16 @@ from serve.settings import (
     SubmissionSettings,
     UploadLimits,
 )
+from serve.shadow_settings import ShadowReference, ShadowSettings
 from store.api_keys import list_api_keys
 from store.database import StoreUnavailableError, open_store
-
-_POLL_S = 0.3
-_EXCEPTION = re.compile(r"^\s*((?:[\w.]+(?:Error|Exception)): .+)$", re.MULTILINE)
 
 
 class DeployServiceConfig(JobConfig):
     model: str = Field("champion", description="alias or version in the registry")
     bundle: Location | None = Field(None, description="serve this bundle instead, without a registry")
+    shadow: str | None = Field(None, description="challenger beside it: registry alias, version, or a bundle's path")
+    shadowing: ShadowSettings = Field(default_factory=ShadowSettings)
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
     model_name: str = "dermray"
@@ -109,15 +105,40 @@ def resolve_model(config: DeployServiceConfig) -> ModelReference:
     """
     if config.bundle is not None:
         bundle = load_bundle(config.bundle)
-        uri, version = config.bundle, f"bundle-{bundle.digest[:12]}"
-    else:
-        found = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+        return _reference(config, config.bundle, bundle)
+    found = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+    return _reference(config, found.uri, load_bundle(found.uri, found.digest), found.version)
+
+
+def resolve_shadow(config: DeployServiceConfig, champion: ModelReference) -> ShadowReference | None:
+    """The challenger of `shadow`, verified as the champion is; None where there is to be none.
+
+    Raises:
+        ValueError: as `resolve_model`, or a model that was trained for something else than the champion.
+    """
+    if config.shadow is None:
+        return None
+    try:
+        found = find_model(config.shadow, config.tracking_uri, config.model_name, config.artifact_root)
         bundle = load_bundle(found.uri, found.digest)
-        uri, version = found.uri, found.version
+        model = _reference(config, found.uri, bundle, found.version)
+    except ValueError as error:
+        raise ValueError(f"shadow = {config.shadow!r}: {error}") from error
+    served = load_bundle(champion.bundle_uri, champion.sha256).task
+    unknown = sorted(set(bundle.task.columns) - set(served.columns))
+    if unknown:
+        say(f"the champion takes no {', '.join(unknown)}: the shadow scores as if nobody had given it")
+    if model.sha256 == champion.sha256:
+        say("the shadow is the champion itself")
+    return ShadowReference(model=model, settings=config.shadowing)
+
+
+def _reference(config: DeployServiceConfig, uri: str, bundle: Bundle, version: str = "") -> ModelReference:
     engine_set = find_engine_set(config.engine_sets, bundle.digest)
     if engine_set is None:
-        say("no engine set for this bundle and device (export_engine makes one): ONNX Runtime with one thread")
+        say(f"no engine set for bundle {uri} and this device (export_engine makes one): ONNX Runtime with one thread")
     engine = None if engine_set is None else engine_set.choice
+    version = version or f"bundle-{bundle.digest[:12]}"
     return ModelReference(bundle_uri=uri, sha256=bundle.digest, version=version, engine=engine)
 
 
@@ -241,99 +262,13 @@ def start_serve(config: DeployServiceConfig) -> None:
         )
 
 
-def _get(url: str) -> dict[str, Any] | None:
-    """The JSON behind a URL; None while there is none."""
-    # No proxy: the address is this host's, whatever http_proxy says.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=10) as response:
-            return json.load(response)
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def wait_until_ready(config: DeployServiceConfig, model: ModelReference) -> None:
-    """Returns once the application runs and every replica answers with this model.
-
-    Raises:
-        ValueError: a deployment failed, a replica refused the model, or the service was not ready in
-            `ready_timeout_s`; with the reason, or the state of each deployment.
-    """
-    from ray import serve
-
-    deadline = time.monotonic() + config.ready_timeout_s
-    while True:
-        application = serve.status().applications.get(APP_NAME)
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ValueError(f"the service did not start: {_reason(application)}")
-        if application is not None and application.status == "RUNNING" and all_replicas_hold(model):
-            ready = _get(f"{config.url}/readyz")
-            if ready is not None and ready["status"] == "ok":
-                card = _get(f"{config.url}/v1/model")
-                if card is not None and (card["digest"], card["model_version"]) == (model.sha256, model.version):
-                    return
-        if time.monotonic() > deadline:
-            state = "is not deployed" if application is None else f"is {application.status}: {_reason(application)}"
-            raise ValueError(f"the service was not ready in {config.ready_timeout_s:g} s; it {state}")
-        time.sleep(_POLL_S)
-
-
-def _reason(application: Any) -> str:
-    """One line from Serve's messages, which hold whole tracebacks."""
-    messages = {name: deployment.message for name, deployment in application.deployments.items() if deployment.message}
-    parts = []
-    for name, message in messages.items() or {APP_NAME: application.message}.items():
-        errors = _EXCEPTION.findall(message)
-        parts.append(f"{name}: {errors[-1] if errors else ' '.join(message.split())[:500] or 'no message'}")
-    return "; ".join(parts)
-
-
-def _deploy(config: DeployServiceConfig, settings: ServeSettings, model: ModelReference) -> None:
-    """Tells Serve what to run, and waits for it; as `wait_until_ready`."""
-    from ray.serve.api import RunTarget, run_many
-
-    from serve.app import build_app
-
-    application = build_app(settings, model)
-    run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
-    wait_until_ready(config, model)
-
-
-def deploy_or_put_back(
-    config: DeployServiceConfig, settings: ServeSettings, model: ModelReference, previous: Deployed | None
-) -> None:
-    """Deploys; a service that does not take the model, or the settings, gets back what it had.
-
-    Raises:
-        ValueError: why nothing changed; or that what was there before could not be put back either.
-    """
-    what = f"model version {model.version} from {model.bundle_uri}"
-    if previous is not None and previous.model != model:
-        say(f"{what}: loading it beside version {previous.model.version} on every replica")
-        try:
-            prepare_replicas(model, config.ready_timeout_s)
-        except ValueError as error:
-            raise ValueError(f"{what} is not served: {error}; version {previous.model.version} goes on") from error
-    say(f"deploying {what}")
-    try:
-        _deploy(config, settings, model)
-    except ValueError as error:
-        if previous is None or (previous.settings, previous.model) == (settings, model):
-            raise
-        say(f"{error}; putting back version {previous.model.version} and its settings")
-        try:
-            _deploy(config, previous.settings, previous.model)
-        except ValueError as second:
-            raise ValueError(
-                f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
-            ) from error
-        raise ValueError(f"{what} is not served: {error}; version {previous.model.version} answers again") from error
-
-
 def run(config: DeployServiceConfig) -> dict[str, Any]:
     """Deploys; returns where the service answers and which model."""
     model = resolve_model(config)
+    shadow = resolve_shadow(config, model)
     load_once(model, config.scorer)
+    if shadow is not None:
+        load_once(shadow.model, config.scorer.model_copy(update={"num_gpus": shadow.settings.num_gpus}))
     check_store(config)
     ensure_patient_key(Path(config.patient_key_file))
     release = write_release(REPO_ROOT, Path(config.releases))
@@ -343,13 +278,18 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     if not ipaddress.ip_address(config.host).is_loopback:
         say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
     start_serve(config)
-    deploy_or_put_back(config, settings, model, running_service())
+    rollout = Rollout(config.url, config.ready_timeout_s)
+    if shadow is not None:
+        rollout.start_shadow(settings, shadow)
+    rollout.deploy_or_put_back(Deployed(settings, model, shadow), running_service())
+    card = rollout.model_card() or {}
     return {
         "url": config.url,
         "docs": f"{config.url}/docs",
         "model_version": model.version,
         "digest": model.sha256,
-        "engine": (_get(f"{config.url}/v1/model") or {}).get("engine"),
+        "engine": card.get("engine"),
+        "shadow": None if shadow is None else shadow.model.version,
         "release": str(release),
     }
 

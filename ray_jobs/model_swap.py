@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_jobs.job import say
 from serve.settings import APP_NAME, ModelReference, ServeSettings
+from serve.shadow_settings import ShadowReference
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -28,6 +29,7 @@ class Deployed:
 
     settings: ServeSettings
     model: ModelReference
+    shadow: ShadowReference | None = None
 
 
 def _handle(node: str, method: str) -> DeploymentHandle:
@@ -71,7 +73,11 @@ def running_service() -> Deployed | None:
         return None
     try:
         found = _handle("Ingress", "deployed").remote().result(timeout_s=_ANSWER_S)
-        return Deployed(ServeSettings.model_validate(found["settings"]), ModelReference.model_validate(found["model"]))
+        return Deployed(
+            ServeSettings.model_validate(found["settings"]),
+            ModelReference.model_validate(found["model"]),
+            None if found["shadow"] is None else ShadowReference.model_validate(found["shadow"]),
+        )
     except (RayError, RayServeException, TimeoutError, ValueError, KeyError) as error:
         # Down, still starting, or of another release.
         say(f"the service that is there does not say what it serves, so it could not be put back: {_words(error)}")

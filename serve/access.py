@@ -108,18 +108,19 @@ def caller_of(request: Request) -> Caller:
     return request.scope.get("dermray.caller", ANONYMOUS)
 
 
-def check_owner(request: Request, owner: str, what: str) -> None:
+def check_owner(request: Request, owner: str, what: str, reviewers_only: bool = False) -> None:
     """Lets a caller see its own records only, a reviewer everyone's.
 
     Args:
         owner: the name that the record was stored under.
         what: field and value, for the message: "prediction_id 'x'".
+        reviewers_only: the owner does not see this one either.
 
     Raises:
         ApiError: 404, as if the record were not there.
     """
     caller = caller_of(request)
-    if caller.name != owner and not caller.may("reviewer"):
+    if (reviewers_only or caller.name != owner) and not caller.may("reviewer"):
         raise ApiError(404, "not_found", f"{what}: there is no such record")
 
 

@@ -47,6 +47,7 @@ _MODEL_CARD = {
     "engine_fallback": None,
     "abstention": None,
     "limits": {"max_image_bytes": 20971520, "max_pixels": 50000000, "max_batch_images": 1000},
+    "shadow": None,
     "notice": "Not a medical device.",
 }
 
@@ -115,6 +116,19 @@ class Health(BaseModel):
     checks: dict[str, str] = Field(default_factory=dict)
 
 
+class ShadowState(BaseModel):
+    """A challenger that scores a copy of the traffic. It answers nobody."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: str
+    digest: str
+    fraction: float = Field(description="share of lesions that it is to score")
+    scored: int = Field(description="lesions since this replica of the HTTP node got it, as the two below")
+    dropped: int = Field(description="lesions that it did not get, because it was too slow or recovering")
+    failed: int = Field(description="lesions that it gave no score")
+
+
 class ModelCard(BaseModel):
     """The model that answers now."""
 
@@ -136,6 +150,7 @@ class ModelCard(BaseModel):
         default=None, description="limits beyond which pictures are not scored, and what they were measured to refuse"
     )
     limits: dict[str, int]
+    shadow: ShadowState | None = Field(default=None, description="the challenger beside this model, if there is one")
     notice: str
 
 

@@ -14,6 +14,7 @@ from serve.image_scorer import ImageScorer
 from serve.ingress import Ingress
 from serve.metadata_fusion import MetadataFusion
 from serve.settings import ModelReference, ServeSettings
+from serve.shadow_settings import ServedModels, ShadowReference
 
 # A replica that cannot be built (bundle refused, engine missing) fails its deployment instead of being tried 20 times.
 _CONSTRUCTOR_ATTEMPTS = 3
@@ -22,8 +23,13 @@ _HEALTH_CHECK_PERIOD_S = 2.0
 _SETTLE_S = 12.0
 
 
-def build_app(settings: ServeSettings, model: ModelReference) -> serve.Application:
-    """The application; a changed `model` alone reconfigures running replicas and restarts none."""
+def build_app(
+    settings: ServeSettings, model: ModelReference, shadow: ShadowReference | None = None
+) -> serve.Application:
+    """The application; a changed `model` or `shadow` alone reconfigures running replicas and restarts none.
+
+    The shadow itself is an application of its own, see `build_shadow_app`.
+    """
     user_config = model.model_dump()
     # Serve replaces every replica of an application that is run again, unless it bears the version it had.
     version = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()
@@ -86,7 +92,7 @@ def build_app(settings: ServeSettings, model: ModelReference) -> serve.Applicati
         fusion,
         drift_logger,
         settings.model_dump(),
-        user_config=user_config,
+        user_config=ServedModels(champion=model, shadow=shadow).model_dump(),
         num_replicas=settings.ingress.num_replicas,
         max_ongoing_requests=settings.ingress.max_ongoing_requests,
         max_queued_requests=settings.ingress.max_queued_requests,

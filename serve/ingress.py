@@ -47,6 +47,8 @@ from serve.sampling import Sampler
 from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ServeSettings
+from serve.shadow_model import switch_shadow
+from serve.shadow_settings import ServedModels, ShadowReference
 from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
@@ -185,9 +187,9 @@ class Ingress:
         drift_logger: DeploymentHandle,
         settings: dict[str, Any],
     ):
-        config = ServeSettings.model_validate(settings)
-        self._settings = settings
+        self._settings = config = ServeSettings.model_validate(settings)
         self._slot = ModelSlot(ServedModel.load)
+        self._shadow: ShadowReference | None = None
         show_ids_in_log()
         listen_on_node_address()
         metrics = replica_metrics()
@@ -228,11 +230,14 @@ class Ingress:
         return build_api(self._backend)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Serves what the bundle of a `ModelReference` says; see `ModelSlot.use`."""
+        """Serves what the bundles of `ServedModels` say; see `ModelSlot.use`."""
         self._backend.sampler.start()
-        model = await self._slot.use(config)
+        models = ServedModels.model_validate(config)
+        model = await self._slot.use(models.champion.model_dump())
         self._backend.service.use_model(model)
         self._model_info.holds(model.reference.version, model.digest)
+        self._shadow = models.shadow
+        await switch_shadow(self._backend.service, models.shadow, self._settings, self._log)
         # What a replica before this one spooled and did not live to replay.
         self._log.start_replay()
         if self._backend.keys is not None:
@@ -250,11 +255,16 @@ class Ingress:
         return self._slot.state()
 
     async def deployed(self) -> dict[str, Any]:
-        """The settings and the model that this replica runs with: what a failed deploy puts back."""
-        return {"settings": self._settings, "model": self._slot.state()["model"]}
+        """The settings and the models that this replica runs with: what a failed deploy puts back."""
+        return {
+            "settings": self._settings.model_dump(),
+            "model": self._slot.state()["model"],
+            "shadow": None if self._shadow is None else self._shadow.model_dump(),
+        }
 
     async def __del__(self) -> None:
         # Serve calls it before it ends a replica, also one whose constructor failed.
         if hasattr(self, "_worker"):
+            self._backend.service.use_shadow(None)
             await self._worker.stop()
             await self._backend.sampler.stop()

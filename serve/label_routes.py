@@ -11,6 +11,7 @@ from serve.prediction_service import PredictionService
 from serve.record_api import BODY_PROBLEMS, Label, LabelRequest
 from serve.records import RecordService
 from store.labels import NewLabel
+from store.shadow_records import SHADOW_SUFFIX, is_shadow_id
 
 MAX_COMMENT_LENGTH = 2000
 
@@ -29,6 +30,9 @@ def add_label_routes(api: FastAPI, service: PredictionService, records: RecordSe
         task, caller = service.model.task, caller_of(request).name
         if body.label not in task.classes:
             raise invalid_field(f"label: {body.label!r}; expected one of {', '.join(task.classes)}")
+        if is_shadow_id(body.prediction_id):
+            answered = body.prediction_id.removesuffix(SHADOW_SUFFIX)
+            raise invalid_field(f"prediction_id: {body.prediction_id!r} answered nobody; expected {answered!r}")
         new = NewLabel(
             prediction_id=body.prediction_id,
             label=body.label,

@@ -9,9 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
-from monitoring.prediction_log import PredictionRecord, encode_embedding, patient_hmac
+from monitoring.prediction_log import PredictionRecord, patient_hmac
 from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
 from serve.errors import ApiError, invalid_field, patient_erased, unavailable
@@ -19,9 +17,11 @@ from serve.explanation import Explanation, View
 from serve.lesion import LesionRequest, Origin, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
 from serve.metrics import ABSTENTIONS, PREDICTIONS, STAGE_SECONDS, NoMetrics, Recorder
+from serve.model_columns import model_columns
 from serve.request_ids import SLOW_CALL_S
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings
+from serve.shadow_scoring import ShadowScoring
 from serve.stage_clock import StageClock
 from serve.staged_images import StagedImages
 from store.erased_patients import PatientErasedError
@@ -56,6 +56,7 @@ class PredictionService:
         self._patient_key = patient_key
         self._metrics = metrics or NoMetrics()
         self._model: ServedModel | None = None
+        self.shadow: ShadowScoring | None = None
 
     @property
     def settings(self) -> IngressSettings:
@@ -73,6 +74,12 @@ class PredictionService:
     def use_model(self, model: ServedModel) -> None:
         """Serves this model from now on."""
         self._model = model
+
+    def use_shadow(self, shadow: ShadowScoring | None) -> None:
+        """Has this shadow score a copy of what is answered from now on; None: no shadow."""
+        if self.shadow is not None:
+            self.shadow.stop()
+        self.shadow = shadow
 
     def unavailable(self, detail: str) -> ApiError:
         return unavailable(detail, self.settings.retry_after_s)
@@ -179,7 +186,21 @@ class PredictionService:
             for lesion, record in zip(scored, stored, strict=True):
                 request, image = todo[lesion.index], lesion.image
                 outcomes[lesion.index] = self._same_or_conflict(request, image.stored.hash, record, stages, patient)
+            if self.shadow is not None:
+                self._offer_to(self.shadow, scored, outcomes, patient)
         return [outcomes[index] for index in range(len(requests))]
+
+    @staticmethod
+    def _offer_to(
+        shadow: ShadowScoring, scored: Sequence[ScoredLesion], outcomes: Mapping[int, Outcome], patient: bool
+    ) -> None:
+        answered = []
+        for lesion in scored:
+            outcome = outcomes[lesion.index]
+            if not isinstance(outcome, ApiError):
+                answered.append((outcome[0], lesion))
+        if answered:
+            shadow.offer(answered, patient)
 
     def _count(self, records: Sequence[PredictionRecord], stages: Mapping[str, float], route: str) -> None:
         for stage, milliseconds in stages.items():
@@ -239,7 +260,6 @@ class PredictionService:
     def _record(
         self, request: LesionRequest, lesion: ScoredLesion, model: ServedModel, clock: StageClock
     ) -> PredictionRecord:
-        image, scores, risk, reasons = lesion.image, lesion.scores, lesion.risk, lesion.reasons
         origin, key = request.origin, request.idempotency_key
         return PredictionRecord(
             id=uuid.uuid4().hex if key is None else keyed_id(request.caller, key),
@@ -250,20 +270,9 @@ class PredictionService:
             patient_hmac=self.pseudonym(origin),
             institution=origin.institution,
             device=origin.device,
-            image_hash=image.stored.hash,
-            model_version=model.reference.version,
-            context=risk.context,
+            image_hash=lesion.image.stored.hash,
             metadata=_logged_metadata(request),
-            image_score=float(np.exp(scores.log_probabilities[0])[model.task.malignant_mask].sum()),
-            class_probabilities=risk.class_probabilities,
-            risk=None if reasons else risk.risk,
-            band=None if reasons else risk.band,
-            threshold=risk.threshold,
-            abstained=bool(reasons),
-            reasons=reasons,
-            embedding=encode_embedding(scores.projections[0]),
-            stage_ms=clock.stages(),
-            **image.quality,
+            **model_columns(lesion, model, clock),
         )
 
     async def explain(self, data: bytes, view: View, target_class: str | None) -> Explanation:
@@ -318,6 +327,7 @@ class PredictionService:
             if model.abstention is None
             else {"active": self.settings.abstain, **model.abstention.describe()},
             "limits": self.limits.model_dump(),
+            "shadow": None if self.shadow is None else self.shadow.describe(),
             "notice": model.notice,
         }
 

@@ -88,6 +88,21 @@ _SUMMARY = {
     "unacknowledged_alarms": {"missed_cancer": 1},
     "labels": 3,
     "missed_cancers": 1,
+    "shadow": [
+        {
+            "champion_version": "3",
+            "shadow_version": "4",
+            "pairs": 398,
+            "champion_abstained": 0,
+            "shadow_abstained": 5,
+            "mean_abs_difference": 0.0031,
+            "rank_correlation": 0.94,
+            "ranked_pairs": 398,
+            "same_band": 0.985,
+            "raised": 0.01,
+            "lowered": 0.0025,
+        }
+    ],
 }
 
 
@@ -250,8 +265,26 @@ class DriftState(BaseModel):
     drifted: list[str]
 
 
+class ShadowAgreement(BaseModel):
+    """A champion's and a shadow's answers to the same lesions; shares and differences are null without any."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    champion_version: str
+    shadow_version: str
+    pairs: int = Field(description="lesions that both gave a risk; the figures below are over these")
+    champion_abstained: int = Field(description="lesions from which the champion alone abstained")
+    shadow_abstained: int = Field(description="lesions from which the shadow alone abstained")
+    mean_abs_difference: float | None = Field(description="of the risks")
+    rank_correlation: float | None = Field(description="Spearman's, of the risks of the newest ranked_pairs pairs")
+    ranked_pairs: int
+    same_band: float | None = Field(description="share with the same band")
+    raised: float | None = Field(description="share that is negative for the champion and positive for the shadow")
+    lowered: float | None = Field(description="share that is positive for the champion and negative for the shadow")
+
+
 class MonitoringSummary(BaseModel):
-    """What the service did in the last hours, champion's records only."""
+    """What the service did in the last hours, champion's records only, and how shadows agree with it."""
 
     model_config = _example(_SUMMARY)
 
@@ -270,6 +303,7 @@ class MonitoringSummary(BaseModel):
     unacknowledged_alarms: dict[str, int] = Field(description="by kind, also from before the window")
     labels: int = Field(description="labels dated within the window")
     missed_cancers: int = Field(description="alarms raised within the window")
+    shadow: list[ShadowAgreement] = Field(description="per champion and shadow that scored lesions of the window")
 
 
 class ErasureReport(BaseModel):

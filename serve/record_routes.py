@@ -49,9 +49,9 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
 
     @api.get("/v1/predictions/{prediction_id}", operation_id="get_prediction", responses=ITEM_PROBLEMS)
     async def prediction(request: Request, prediction_id: PredictionId) -> LabelledPrediction:
-        """One record with its labels. A caller sees its own."""
+        """One record with its labels. A caller sees its own, but no shadow's: nobody promoted that model."""
         row, labels = await records.record(prediction_id)
-        check_owner(request, row["caller"], f"prediction_id {prediction_id!r}")
+        check_owner(request, row["caller"], f"prediction_id {prediction_id!r}", row["role"] == "shadow")
         fields = LoggedPrediction.fields_of(row, bool(labels))
         return LabelledPrediction(**fields, labels=[Label.of(label) for label in labels])
 

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from store import audit_chain
 from store.connection import ADVISORY_LOCK, connect
 from store.erased_patients import ROWS_ERASED, audit_subject, find_late, keep_erasures_out
+from store.shadow_records import is_shadow_id, with_champions
 from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
 
 _PAGE_ROWS = 2_000
@@ -122,7 +123,7 @@ class Store:
 
         A row whose id, or whose (caller, idempotency_key), is already stored is left as it was. A late one (see
         `erased_patients`) is not written, nor the row of a picture that only late ones use; an audit entry lists these
-        pictures, whose files are the caller's to remove.
+        pictures, whose files are the caller's to remove. A shadow's row whose champion's is not stored is left out.
         """
         with self.writing() as connection:
             if any(row.get("patient_hmac") is not None for row in rows):
@@ -136,12 +137,18 @@ class Store:
                 self._audit_late(connection, refused, unused)
             if image_rows:
                 connection.execute(self._insert(images).on_conflict_do_nothing(), list(image_rows))
-            if not taken:
-                return Inserted(0, late)
-            # One statement for all rows needs all columns in each of them.
-            complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in taken]
-            num_new = connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
+            num_new = self._insert_rows(connection, [row for row in taken if not is_shadow_id(row["id"])])
+            shadows = [row for row in taken if is_shadow_id(row["id"])]
+            if shadows:
+                num_new += self._insert_rows(connection, with_champions(connection, shadows))
             return Inserted(num_new, late)
+
+    def _insert_rows(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
+        if not rows:
+            return 0
+        # One statement for all rows needs all columns in each of them.
+        complete = [{**dict.fromkeys(predictions.c.keys()), **row} for row in rows]
+        return connection.execute(self._insert(predictions).on_conflict_do_nothing(), complete).rowcount
 
     def _audit_late(self, connection: Connection, rows: Sequence[Mapping[str, Any]], unused: set[str | None]) -> None:
         for patient_hmac, count in Counter(row["patient_hmac"] for row in rows).items():

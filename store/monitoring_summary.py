@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from store.database import Store
 from store.labels import MISSED_CANCER
+from store.shadow_agreement import shadow_agreements
 from store.tables import alarms, drift_reports, labels, predictions
 
 HOUR_US = 3_600_000_000
@@ -25,7 +27,8 @@ def monitoring_summary(store: Store, end_us: int, hours: int) -> dict[str, Any]:
     Keys: `start_us`, `end_us`, `predictions`, `abstained`, `by_band`, `by_model_version`, `abstention_reasons` (one
     record may have several), `per_hour` (`hours` entries, oldest first: `start_us`, `predictions`, `abstained`),
     `total_ms` (mean, median and p95 of the newest `TIMED_PREDICTIONS` records; None without any), `drift` (latest
-    report per model, of any time), `unacknowledged_alarms` (by kind, of any time), `labels`, `missed_cancers` (alarms).
+    report per model, of any time), `unacknowledged_alarms` (by kind, of any time), `labels`, `missed_cancers` (alarms),
+    `shadow` (`ShadowAgreement` by champion and shadow, their ranks over the newest `TIMED_PREDICTIONS` pairs).
     """
     start_us = end_us - hours * HOUR_US
     with store.reading() as connection:
@@ -39,6 +42,7 @@ def monitoring_summary(store: Store, end_us: int, hours: int) -> dict[str, Any]:
             "unacknowledged_alarms": _unacknowledged(connection),
             "labels": _count(connection, labels.c.labelled_at, start_us, end_us),
             "missed_cancers": _count(connection, alarms.c.raised_at, start_us, end_us, alarms.c.kind == MISSED_CANCER),
+            "shadow": [asdict(pair) for pair in shadow_agreements(connection, start_us, end_us, TIMED_PREDICTIONS)],
         }
 
 

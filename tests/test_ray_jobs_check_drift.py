@@ -38,12 +38,15 @@ def drift_bundle(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """An ordinary day, a shifted day, an almost empty one; the first also has rows of another model."""
+    """An ordinary day, a shifted day, an almost empty one; the first also has rows of another model and of a shadow."""
     home = tmp_path_factory.mktemp("drift")
     drift_bundle(home / "bundle")
     log = PredictionLog(f"sqlite:///{home}/store.db", str(home / "images"), str(home / "spool"))
     log.write(records(lesions(50, 1, (2, 5)), midnight(0)), {})
     log.write(records(lesions(12, 4, shifted=True), midnight(0) + 7, model_version="2"), {})
+    # What a shadow made of the same traffic is no answer, and no drift.
+    shadowed = records(lesions(30, 5, shifted=True), midnight(0) + 9)
+    log.write([record.model_copy(update={"role": "shadow"}) for record in shadowed], {})
     log.write(records(lesions(50, 2, (2, 5), shifted=True), midnight(1)), {})
     log.write(records(lesions(3, 3), midnight(2)), {})
     log.store.close()

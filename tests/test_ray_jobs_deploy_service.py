@@ -22,6 +22,7 @@ from ray_jobs.deploy_service import (
     connect,
     ensure_patient_key,
     resolve_model,
+    resolve_shadow,
     run,
     serve_settings,
 )
@@ -84,6 +85,82 @@ def test_a_model_that_does_not_load_is_refused_before_it_reaches_the_service(ref
     with pytest.raises(ValueError, match="unknown engine 'abacus'"):
         run(DeployServiceConfig(bundle=reference.bundle_uri))
     assert not (dermray_home / "releases").exists()
+
+
+@pytest.fixture(scope="module")
+def challenger(tmp_path_factory):
+    return served_bundle(tmp_path_factory.mktemp("deploy") / "challenger", onnx_bias=1.0)
+
+
+def test_a_shadow_is_resolved_as_the_champion_is(reference, challenger, dermray_home, capsys):
+    def shadow_of(config):
+        return resolve_shadow(config, resolve_model(config))
+
+    assert shadow_of(DeployServiceConfig(bundle=reference.bundle_uri)) is None
+    engine_set(challenger.sha256, "two", threads=2).save(dermray_home / "engine_sets")
+    config = DeployServiceConfig(
+        bundle=reference.bundle_uri, shadow=challenger.bundle_uri, shadowing={"fraction": 0.25}
+    )
+    shadow = shadow_of(config)
+    assert shadow.model.sha256 == challenger.sha256 and shadow.model.version == f"bundle-{challenger.sha256[:12]}"
+    assert shadow.model.engine == {"engine": "onnxruntime", "options": {"threads": 2}}
+    assert shadow.settings.fraction == 0.25 and challenger.sha256[:12] in shadow.app_name
+    assert "champion itself" not in capsys.readouterr().err
+    shadow_of(DeployServiceConfig(bundle=reference.bundle_uri, shadow=reference.bundle_uri))
+    assert "the shadow is the champion itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["changed", "engine", "unknown"])
+def test_a_shadow_that_does_not_load_is_refused_before_anything_is_touched(
+    reference, dermray_home, tmp_path, monkeypatch, fault
+):
+    def no_cluster(_):
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(deploy_service, "connect", no_cluster)
+    shadow = served_bundle(tmp_path / "shadow", onnx_bias=2.0)
+    if fault == "changed":
+        (tmp_path / "shadow" / "model_card.md").write_text("better than it was")
+    if fault == "engine":
+        broken = engine_set(shadow.sha256, "x", threads=1)
+        broken.candidates[0].candidate.choice = {"engine": "abacus"}
+        broken.save(dermray_home / "engine_sets")
+    name = "17" if fault == "unknown" else shadow.bundle_uri
+    expected = {"changed": "shadow = .*model_card.md", "engine": "unknown engine 'abacus'", "unknown": "shadow = '17'"}
+    with pytest.raises(ValueError, match=expected[fault]):
+        run(DeployServiceConfig(bundle=reference.bundle_uri, shadow=name))
+    assert not (dermray_home / "releases").exists()
+
+
+def test_a_shadow_changes_nothing_that_a_replica_of_the_champion_is_made_of(reference, challenger, dermray_home):
+    from serve.app import build_app
+    from serve.shadow_settings import ShadowReference
+
+    def nodes(shadow):
+        application = build_app(settings, reference, shadow)
+        found = {}
+
+        def walk(app):
+            deployment = app._bound_deployment
+            options = (deployment._version, deployment.ray_actor_options, deployment.num_replicas)
+            found[deployment.name] = (options, deployment.user_config)
+            for argument in deployment.init_args:
+                if type(argument) is type(application):
+                    walk(argument)
+
+        walk(application)
+        return found
+
+    config = DeployServiceConfig(bundle=reference.bundle_uri, shadow=challenger.bundle_uri, shadowing={"fraction": 0.5})
+    settings = serve_settings(config, dermray_home / "releases" / "x.zip")
+    assert settings == serve_settings(DeployServiceConfig(bundle=reference.bundle_uri), dermray_home / "releases/x.zip")
+    without, with_shadow = nodes(None), nodes(ShadowReference(model=challenger, settings=config.shadowing))
+    assert {name: options for name, (options, _) in without.items()} == {
+        name: options for name, (options, _) in with_shadow.items()
+    }
+    # A reconfigured network is loaded and warmed again; only the ingress has to know.
+    changed = [name for name in without if without[name] != with_shadow[name]]
+    assert changed == ["Ingress"] and len(without) == 4
 
 
 def test_a_failed_deployment_is_told_in_one_line():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ray_jobs import deploy_service
-from ray_jobs.deploy_service import DeployServiceConfig, deploy_or_put_back, serve_settings
+from ray_jobs import service_rollout
+from ray_jobs.deploy_service import DeployServiceConfig, serve_settings
 from ray_jobs.model_swap import Deployed
+from ray_jobs.service_rollout import Rollout
 from serve.settings import ModelReference
 
 
@@ -19,18 +20,22 @@ class Cluster:
 
     def __init__(self, monkeypatch):
         self.done, self.cannot_prepare, self.cannot_deploy = [], {}, {}
-        monkeypatch.setattr(deploy_service, "prepare_replicas", self.prepare)
-        monkeypatch.setattr(deploy_service, "_deploy", self.deploy)
+        monkeypatch.setattr(service_rollout, "prepare_replicas", self.prepare)
+        monkeypatch.setattr(service_rollout, "_end_shadows", self.end_shadows)
+        monkeypatch.setattr(Rollout, "_deploy", lambda _, wanted: self.deploy(wanted))
 
     def prepare(self, model, timeout_s):
         self.done.append(("prepare", model.version))
         if model.version in self.cannot_prepare:
             raise ValueError(self.cannot_prepare[model.version])
 
-    def deploy(self, config, settings, model):
-        self.done.append((settings.scorer.max_replicas, model.version))
-        if model.version in self.cannot_deploy:
-            raise ValueError(self.cannot_deploy[model.version])
+    def deploy(self, wanted):
+        self.done.append((wanted.settings.scorer.max_replicas, wanted.model.version))
+        if wanted.model.version in self.cannot_deploy:
+            raise ValueError(self.cannot_deploy[wanted.model.version])
+
+    def end_shadows(self, but):
+        self.done.append(("shadows but", but))
 
 
 @pytest.fixture
@@ -46,7 +51,8 @@ def swap(dermray_home):
     old = Deployed(serve_settings(DeployServiceConfig(scorer={"max_replicas": 2}), release), reference("1"))
 
     def deploy(previous=old):
-        deploy_or_put_back(config, serve_settings(config, release), reference("2"), previous)
+        wanted = Deployed(serve_settings(config, release), reference("2"))
+        Rollout("http://127.0.0.1:1", 180).deploy_or_put_back(wanted, previous)
 
     return deploy
 
@@ -61,7 +67,8 @@ def test_a_model_that_a_replica_cannot_load_is_not_deployed(cluster, swap):
     expected = "model version 2 from /bundles/2 is not served: ImageScorer: MemoryError: 4 GB; version 1 goes on"
     with pytest.raises(ValueError, match=f"^{expected}$"):
         swap()
-    assert cluster.done == [("prepare", "2")]
+    # A shadow that was started for this deploy has nothing to copy.
+    assert cluster.done == [("prepare", "2"), ("shadows but", None)]
 
 
 def test_what_was_there_before_is_put_back_with_its_settings(cluster, swap):

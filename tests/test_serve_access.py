@@ -22,6 +22,7 @@ from serve.served_model import ServedModel
 from serve.settings import AccessSettings, DriftLoggerSettings
 from store.api_keys import ROLES, create_api_key, list_api_keys, revoke_api_key
 from store.database import StoreUnavailableError
+from store.shadow_records import shadow_id
 from store.tables import api_keys
 from tests.bundle_factory import (
     LocalFusion,
@@ -263,6 +264,20 @@ def test_callers_see_their_own_records_and_reviewers_all(caller, seen):
     else:
         with pytest.raises(ApiError, match="404 not_found: prediction_id 'x'"):
             check_owner(request, "clinic", "prediction_id 'x'")
+
+
+def test_a_shadows_record_is_shown_to_reviewers_and_not_to_its_caller(guarded):
+    answered = guarded.predict(guarded.keys["caller"]).json()["prediction_id"]
+    row = guarded.store.find_prediction(answered)
+    guarded.store.insert_predictions([row | {"id": shadow_id(answered), "role": "shadow", "idempotency_key": None}])
+    seen = {role: guarded.send("GET", f"/v1/predictions/{shadow_id(answered)}", guarded.keys[role]) for role in ROLES}
+    assert {role: answer.status_code for role, answer in seen.items()} == {
+        "caller": 404,
+        "reviewer": 200,
+        "approver": 200,
+        "admin": 200,
+    }
+    assert guarded.send("GET", f"/v1/predictions/{answered}", guarded.keys["caller"]).status_code == 200
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import ray
 
-from ray_jobs import deploy_service
+from ray_jobs import deploy_service, service_rollout
 from ray_jobs.deploy_service import DeployServiceConfig, run
 from ray_jobs.job import run_job
 from tests.bundle_factory import served_bundle
@@ -100,7 +100,7 @@ def test_a_model_that_replicas_cannot_load_changes_nothing(service, flags, monke
 def test_a_model_that_fails_at_the_switch_is_taken_back(service, flags, monkeypatch):
     """What was there when the replicas tried it is gone when they shall serve it, on one node of three."""
     uri, before = engineless(service, monkeypatch), pids()
-    monkeypatch.setattr(deploy_service, "prepare_replicas", lambda *_: None)
+    monkeypatch.setattr(service_rollout, "prepare_replicas", lambda *_: None)
 
     def deploy() -> None:
         with pytest.raises(ValueError, match="is not served: .*ImageScorer: .*abacus.*; version .* answers again"):
@@ -129,7 +129,7 @@ def test_after_a_failed_swap_a_good_one_works(service, flags, monkeypatch):
 def test_settings_that_come_with_a_broken_model_are_put_back_too(service, flags, monkeypatch):
     """Other settings restart the replicas, which then have no old model to keep."""
     uri, before = engineless(service, monkeypatch), pids()
-    monkeypatch.setattr(deploy_service, "prepare_replicas", lambda *_: None)
+    monkeypatch.setattr(service_rollout, "prepare_replicas", lambda *_: None)
     limits = {"max_pixels": 12_345}
     with pytest.raises(ValueError, match="did not start: .*abacus.*; version .* answers again"):
         run(DeployServiceConfig(bundle=uri, limits=limits, **flags))

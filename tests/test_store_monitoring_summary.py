@@ -7,6 +7,7 @@ import sqlalchemy as sql
 
 from store.database import open_store
 from store.monitoring_summary import HOUR_US, monitoring_summary
+from store.shadow_records import shadow_id
 from store.tables import labels
 from tests.log_rows import label_row, prediction_row
 
@@ -29,6 +30,7 @@ def test_an_empty_store_has_an_empty_summary(store):
     assert summary["predictions"] == summary["abstained"] == summary["labels"] == summary["missed_cancers"] == 0
     assert summary["total_ms"] is None and summary["drift"] == [] and summary["unacknowledged_alarms"] == {}
     assert [entry["start_us"] for entry in summary["per_hour"]] == [at(3), at(2), at(1)]
+    assert summary["shadow"] == []
 
 
 def test_records_are_counted_by_hour_band_version_and_reason(store):
@@ -91,3 +93,20 @@ def test_labels_and_alarms_are_counted(store):
     summary = monitoring_summary(store, END, 1)
     assert summary["labels"] == 1 and summary["missed_cancers"] == 1
     assert summary["unacknowledged_alarms"] == {"missed_cancer": 2, "drift": 1}
+
+
+def test_shadows_of_the_window_are_compared_with_the_champion(store):
+    def pair(name, received_at, shadow_version="2"):
+        values = {"received_at": received_at, "risk": 0.25, "threshold": 0.5}
+        shadow = values | {"role": "shadow", "model_version": shadow_version, "risk": 0.75}
+        return [prediction_row(name, **values), prediction_row(shadow_id(name), **shadow)]
+
+    inside = [pair("a", at(1)), pair("b", at(0.5)), pair("c", at(0.5), "3")]
+    outside = [pair("before", at(1) - 1), pair("after", END)]
+    store.insert_predictions([row for both in inside + outside for row in both])
+    summary = monitoring_summary(store, END, 1)
+    first, second = summary["shadow"]
+    assert summary["predictions"] == 3
+    assert (first["champion_version"], first["shadow_version"], first["pairs"]) == ("1", "2", 2)
+    assert (first["mean_abs_difference"], first["raised"], first["lowered"]) == (0.5, 1.0, 0.0)
+    assert (second["shadow_version"], second["pairs"]) == ("3", 1)

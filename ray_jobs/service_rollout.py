@@ -1,0 +1,167 @@
+"""Brings what shall be served into Serve, waits until it answers, and puts back what was there when it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from ray_jobs.job import say
+from ray_jobs.model_swap import Deployed, all_replicas_hold, prepare_replicas
+from serve.settings import APP_NAME, ServeSettings
+from serve.shadow_settings import ShadowReference
+
+_POLL_S = 0.3
+_EXCEPTION = re.compile(r"^\s*((?:[\w.]+(?:Error|Exception)): .+)$", re.MULTILINE)
+
+
+class Rollout:
+    """One deploy.
+
+    Args:
+        url: where the service answers.
+        ready_timeout_s: how long an application may take until it does.
+    """
+
+    def __init__(self, url: str, ready_timeout_s: float):
+        self.url = url
+        self.ready_timeout_s = ready_timeout_s
+
+    def model_card(self) -> dict[str, Any] | None:
+        """What /v1/model says; None while there is no answer."""
+        return _get(f"{self.url}/v1/model")
+
+    def start_shadow(self, settings: ServeSettings, shadow: ShadowReference) -> None:
+        """Starts a shadow beside what runs; one that does not start is taken away again.
+
+        Raises:
+            ValueError: why it does not run; the service was not touched.
+        """
+        from serve.shadow_model import delete_shadow, run_shadow
+
+        say(f"starting shadow {shadow.model.version} from {shadow.model.bundle_uri}")
+        run_shadow(settings, shadow)
+        try:
+            self._wait_until_running(shadow.app_name, "the shadow")
+        except ValueError:
+            delete_shadow(shadow.app_name)
+            raise
+
+    def deploy_or_put_back(self, wanted: Deployed, previous: Deployed | None) -> None:
+        """Deploys; a service that does not take the model, or the settings, gets back what it had. Shadows that are not
+        wanted any more end.
+
+        Raises:
+            ValueError: why nothing changed; or that what was there before could not be put back either.
+        """
+        model = wanted.model
+        what = f"model version {model.version} from {model.bundle_uri}"
+        if previous is not None and previous.model != model:
+            say(f"{what}: loading it beside version {previous.model.version} on every replica")
+            try:
+                prepare_replicas(model, self.ready_timeout_s)
+            except ValueError as error:
+                _end_shadows(but=previous.shadow)
+                raise ValueError(f"{what} is not served: {error}; version {previous.model.version} goes on") from error
+        say(f"deploying {what}")
+        try:
+            self._deploy(wanted)
+        except ValueError as error:
+            if previous is None or previous == wanted:
+                raise
+            say(f"{error}; putting back version {previous.model.version} and its settings")
+            try:
+                self._deploy(previous)
+            except ValueError as second:
+                raise ValueError(
+                    f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
+                ) from error
+            raise ValueError(
+                f"{what} is not served: {error}; version {previous.model.version} answers again"
+            ) from error
+
+    def _deploy(self, wanted: Deployed) -> None:
+        from ray.serve.api import RunTarget, run_many
+
+        from serve.app import build_app
+
+        application = build_app(wanted.settings, wanted.model, wanted.shadow)
+        run_many([RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
+        self.wait_until_ready(wanted)
+        # Only now: no ingress replica sends copies to the others any more.
+        _end_shadows(but=wanted.shadow)
+
+    def wait_until_ready(self, wanted: Deployed) -> None:
+        """Returns once the service runs, every replica answers with this model, and this shadow gets its copies.
+
+        Raises:
+            ValueError: a deployment failed, a replica refused the model, or the service was not ready in time; with
+                the reason, or the state of each deployment.
+        """
+        model, shadow = wanted.model, wanted.shadow
+        expected = (model.sha256, model.version, None if shadow is None else shadow.model.sha256)
+
+        def answers() -> bool:
+            if not all_replicas_hold(model):
+                return False
+            ready = _get(f"{self.url}/readyz")
+            card = self.model_card() if ready is not None and ready["status"] == "ok" else None
+            if card is None:
+                return False
+            return (card["digest"], card["model_version"], (card["shadow"] or {}).get("digest")) == expected
+
+        self._wait_until_running(APP_NAME, "the service", answers)
+
+    def _wait_until_running(self, name: str, what: str, answers: Callable[[], bool] = lambda: True) -> None:
+        """Returns once a Serve application runs and `answers`.
+
+        Raises:
+            ValueError: it failed, or took too long.
+        """
+        from ray import serve
+
+        deadline = time.monotonic() + self.ready_timeout_s
+        while True:
+            application = serve.status().applications.get(name)
+            if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ValueError(f"{what} did not start: {_reason(application, name)}")
+            if application is not None and application.status == "RUNNING" and answers():
+                return
+            if time.monotonic() > deadline:
+                state = "is not deployed"
+                if application is not None:
+                    state = f"is {application.status.value}: {_reason(application, name)}"
+                raise ValueError(f"{what} was not ready in {self.ready_timeout_s:g} s; it {state}")
+            time.sleep(_POLL_S)
+
+
+def _end_shadows(but: ShadowReference | None) -> None:
+    from serve.shadow_model import delete_shadow, running_shadows
+
+    for name in running_shadows():
+        if but is None or name != but.app_name:
+            delete_shadow(name)
+
+
+def _get(url: str) -> dict[str, Any] | None:
+    """The JSON behind a URL; None while there is none."""
+    # No proxy: the address is this host's, whatever http_proxy says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as response:
+            return json.load(response)
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _reason(application: Any, name: str) -> str:
+    """One line from Serve's messages, which hold whole tracebacks."""
+    messages = {node: deployment.message for node, deployment in application.deployments.items() if deployment.message}
+    parts = []
+    for where, message in messages.items() or {name: application.message}.items():
+        errors = _EXCEPTION.findall(message)
+        parts.append(f"{where}: {errors[-1] if errors else ' '.join(message.split())[:500] or 'no message'}")
+    return "; ".join(parts)
