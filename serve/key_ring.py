@@ -74,7 +74,9 @@ class KeyRing:
         while True:
             try:
                 read = asyncio.get_running_loop().run_in_executor(self._thread, lambda: list(self._load()))
-                self._keys = _by_head(await asyncio.wait_for(read, _READ_S))
+                # Not wait_for: before Python 3.12 it may swallow the end of this task.
+                async with asyncio.timeout(_READ_S):
+                    self._keys = _by_head(await read)
             except Exception as error:
                 if not self._failing:
                     logger.error("API keys cannot be read, the last known stay valid: %r", error)

@@ -7,6 +7,7 @@ failure is dropped and counted. Without Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import hashlib
@@ -28,6 +29,7 @@ from serve.model_columns import model_columns
 from serve.served_model import ServedModel
 from serve.shadow_settings import ShadowReference
 from serve.stage_clock import StageClock
+from store.erased_patients import PatientErasedError
 from store.shadow_records import shadow_id
 
 logger = logging.getLogger("ray.serve")
@@ -215,7 +217,9 @@ class ShadowScoring:
         try:
             records = await self._score(copy)
             # The champion's record has the picture already.
-            await self._log.write(LogEntry(tuple(records), {}))
+            # Of a patient who was erased meanwhile the log keeps nothing, and the shadow is well.
+            with contextlib.suppress(PatientErasedError):
+                await self._log.write(LogEntry(tuple(records), {}))
         except ApiError as error:
             self.failed += len(copy.lesions)
             # Below 500 the model has no answer to this request (it compares no lesions of a patient), and is well.

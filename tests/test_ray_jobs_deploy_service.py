@@ -14,10 +14,9 @@ from pydantic import ValidationError
 
 from modeling.engine_parity import ParityLimits
 from modeling.engine_set import Candidate, CandidateReport, EngineSet, device_key
-from ray_jobs import deploy_service
+from ray_jobs import deploy_service, service_rollout
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
-    _reason,
     check_store,
     connect,
     ensure_patient_key,
@@ -26,6 +25,7 @@ from ray_jobs.deploy_service import (
     run,
     serve_settings,
 )
+from ray_jobs.service_rollout import _reason
 from serve.access import is_open
 from serve.release import PACKAGES, write_release
 from store.api_keys import create_api_key, revoke_api_key
@@ -177,10 +177,10 @@ The replicas were retried 3 times."""
             self.message, self.deployments = message, dict(deployments)
 
     nodes = {"ImageScorer": Told(message), "Ingress": Told("")}
-    assert _reason(Told("longer", nodes)) == (
+    assert _reason(Told("longer", nodes), "dermray") == (
         "ImageScorer: ValueError: engine choice: unknown engine 'abacus'; known engines: ['onnxruntime']"
     )
-    assert _reason(Told("not\nenough CPUs")) == "dermray: not enough CPUs"
+    assert _reason(Told("not\nenough CPUs"), "dermray") == "dermray: not enough CPUs"
 
 
 def test_replicas_are_told_absolute_places_only(dermray_home, monkeypatch, tmp_path):
@@ -254,8 +254,8 @@ def test_a_service_on_all_addresses_is_asked_on_loopback():
 
 
 def test_the_deploy_job_asks_nothing_that_needs_a_key():
-    source = Path(deploy_service.__file__).read_text()
-    asked = re.findall(r'_get\(f"\{config\.url\}(/[^"]+)"\)', source)
+    source = Path(service_rollout.__file__).read_text()
+    asked = re.findall(r'_get\(f"\{self\.url\}(/[^"]+)"\)', source)
     assert {"/readyz", "/v1/model"} == set(asked)
     assert all(is_open(path) for path in asked)
 

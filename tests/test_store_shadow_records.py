@@ -37,18 +37,18 @@ def erase(store, folder):
 
 def test_a_shadow_is_stored_beside_its_champion_once_and_never_without(store):
     store.insert_predictions([prediction_row("a"), prediction_row("b")])
-    assert store.insert_predictions([shadow_row("a"), shadow_row("unknown")]) == 1
-    assert store.insert_predictions([shadow_row("a", risk=0.5)]) == 0
+    assert store.insert_predictions([shadow_row("a"), shadow_row("unknown")]).num_new == 1
+    assert store.insert_predictions([shadow_row("a", risk=0.5)]).num_new == 0
     assert ids(store, "shadow") == ["a.shadow"] and ids(store) == ["a", "b"]
     # As the spool replays them.
-    assert store.insert_predictions([shadow_row("c"), prediction_row("c")]) == 2
+    assert store.insert_predictions([shadow_row("c"), prediction_row("c")]).num_new == 2
     assert ids(store, "shadow") == ["a.shadow", "c.shadow"]
 
 
 def test_more_shadows_than_a_statement_takes_parameters(store):
     rows = [prediction_row(f"{number:05d}") for number in range(1200)]
     store.insert_predictions(rows)
-    assert store.insert_predictions([shadow_row(row["id"]) for row in rows] + [shadow_row("unknown")]) == 1200
+    assert store.insert_predictions([shadow_row(row["id"]) for row in rows] + [shadow_row("unknown")]).num_new == 1200
 
 
 def test_an_erased_patients_shadows_go_and_do_not_come_back(store, tmp_path):
@@ -58,7 +58,7 @@ def test_an_erased_patients_shadows_go_and_do_not_come_back(store, tmp_path):
     assert erase(store, tmp_path).counts["predictions"] == 3
     assert ids(store, "shadow") == ["c.shadow"]
     # Answered before the erasure, written after it.
-    assert store.insert_predictions([shadow_row("b", **theirs)]) == 0
+    assert store.insert_predictions([shadow_row("b", **theirs)]).num_new == 0
     assert ids(store, "shadow") == ["c.shadow"] and ids(store) == ["c"]
 
 
