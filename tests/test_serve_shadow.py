@@ -118,7 +118,7 @@ def test_a_shadow_comes_dies_changes_and_goes_and_no_request_or_replica_of_the_c
 def test_a_shadow_that_does_not_start_is_taken_away_and_the_service_untouched(service, deploy):
     bundle = served_bundle(service.home / "bundles" / "no_room", onnx_bias=0.5)
     before = {name: set(replicas(name)) for name in CHAMPION_NODES}
-    with pytest.raises(TimeoutError, match=r"the shadow was not ready in 8 s; it is DEPLOYING"):
+    with pytest.raises(ValueError, match=r"the shadow was not ready in 8 s; it is DEPLOYING"):
         deploy(bundle.bundle_uri, ready_timeout_s=8, num_cpus=1000)
     wait_for(lambda: not shadow_apps(), "the end of the shadow")
     assert service.predict(78).status_code == 200
