@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from serve.admission import Admission, AdmissionGuard
+from serve.admission import _LATE, _LOOK_S, Admission, AdmissionGuard
 from serve.settings import AdmissionSettings
 from serve.waiting_bodies import WaitingBodies
 
@@ -128,6 +128,29 @@ def test_who_came_first_goes_in_first():
         house.leave.set()
         await asyncio.gather(*tasks)
         assert house.order == [b"1", b"2", b"3"]
+
+    asyncio.run(scenario())
+
+
+def test_when_the_first_in_line_comes_too_late_the_last_goes_first():
+    """Else everyone who gets in has waited as long as one may, and is answered late."""
+
+    async def scenario():
+        house = House(max_requests=1, patience_s=0.4, refuse_after_s=0.4)
+        inside = asyncio.create_task(house.ask(1))
+        await started(inside)
+        early = asyncio.create_task(house.ask(2))
+        await started(early)
+        loop = asyncio.get_running_loop()
+        late = loop.time() + 0.4 * _LATE
+        while loop.time() <= late:
+            await asyncio.sleep(0.005)
+        others = [asyncio.create_task(house.ask(length)) for length in (3, 4)]
+        await started(*others)
+        house.leave.set()
+        answers = await asyncio.gather(inside, early, *others)
+        assert house.order[:2] == [b"1", b"4"]
+        assert answers[0][0] == answers[3][0] == 200
 
     asyncio.run(scenario())
 
@@ -342,7 +365,7 @@ def test_someone_looks_only_while_there_is_a_line_and_not_all_the_time(monkeypat
         before, began = house.looks, asyncio.get_running_loop().time()
         await asyncio.sleep(0.3)
         passed = asyncio.get_running_loop().time() - began
-        assert 1 <= house.looks - before <= passed / 0.05 + 1
+        assert 1 <= house.looks - before <= passed / _LOOK_S + 1
         waits.cancel()
         await asyncio.gather(waits, return_exceptions=True)
         loop = asyncio.get_running_loop()
