@@ -49,7 +49,7 @@ class _Place:
 class Admission:
     """Counts what is inside, and keeps the line outside.
 
-    One timer looks after all who wait: with a timer and a guarded wait for each, a refusal cost a quarter more CPU here.
+    One timer looks after all who wait: with a timer and a guarded wait for each, a refusal cost a quarter more CPU.
 
     Args:
         oldest_wait_s: for how long the picture that is next has waited for the network, seconds.
