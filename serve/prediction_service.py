@@ -56,6 +56,7 @@ class PredictionService:
         self._patient_key = patient_key
         self._metrics = metrics or NoMetrics()
         self._model: ServedModel | None = None
+        self._running = 0
         self.shadow: ShadowScoring | None = None
 
     @property
@@ -113,7 +114,9 @@ class PredictionService:
                 compares no lesions of a patient; 410 when the patient was erased after this came in; 422 when the key
                 of a patient's lesions was used with others.
         """
-        staged = self._log.stage() if len(requests) > 1 else None
+        # Of several requests that are under way the pictures share a commit's syncs of folders, and the cores are busy.
+        staged = self._log.stage() if len(requests) > 1 or self._running == 0 else None
+        self._running += 1
         try:
             return await self._until_rolled_out(
                 lambda model, deadline: self._attempt(requests, model, deadline, route, patient, staged)
@@ -122,6 +125,8 @@ class PredictionService:
             if staged is not None:
                 staged.abandon()
             raise
+        finally:
+            self._running -= 1
 
     async def _until_rolled_out(self, attempt: Callable[[ServedModel, float], Awaitable[Answer]]) -> Answer:
         """Makes an attempt with the model of the moment, again while the nodes hold different ones, until its time,

@@ -185,3 +185,21 @@ def test_a_batch_answers_with_every_picture_on_disk(reference, places):
     assert len(entries[0].on_disk) == 20, "all were written ahead"
     for record, _ in outcomes:
         assert log.image_files.exists(record.image_hash, ".jpg")
+
+
+def test_a_request_that_is_alone_writes_its_picture_ahead_and_those_that_are_not_share_a_commit(reference, places):
+    log = open_log(places)
+    sidecar, scorer = LocalSidecar(places), LocalScorer(reference)
+    service = prediction_service((scorer, LocalFusion(reference)), DurableLog(sidecar, log, SETTINGS))
+    service.use_model(ServedModel.load(reference))
+
+    async def scenario():
+        for _ in range(2):
+            await service.predict([LesionRequest(lesion_image(1))], "/v1/predict")
+        await asyncio.gather(
+            *(service.predict([LesionRequest(lesion_image(index))], "/v1/predict") for index in range(2, 5))
+        )
+
+    asyncio.run(scenario())
+    ahead = [len(entry.on_disk) for entries in sidecar.calls for entry in entries]
+    assert ahead[:2] == [1, 1] and sorted(ahead[2:]) == [0, 0, 1]
