@@ -15,7 +15,7 @@ from ray import serve
 from modeling.bundle import load_bundle
 from modeling.engines import start_engine
 from serve.metrics import SCORER_BUSY_SECONDS, SCORER_PICTURES, ModelInfo, Recorder, replica_metrics
-from serve.model_slot import ModelSlot
+from serve.model_slot import HoldsModel, ModelSlot
 from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
@@ -127,7 +127,7 @@ def _num_images(calls: list[ScoreCall]) -> int:
     return sum(len(call.images) for call in calls)
 
 
-class ImageScorer:
+class ImageScorer(HoldsModel):
     """Deployment around `ImageScorerLogic`. Calls of several ingress replicas that arrive together run as one batch.
 
     A call whose pictures do not fit the loaded model's input gets None: the caller sees another model's digest, or
@@ -154,16 +154,6 @@ class ImageScorer:
         self._sampler.start()
         logic = await self._slot.use(config)
         self._model_info.holds(self._slot.version, logic.digest)
-
-    async def prepare(self, config: dict[str, Any]) -> str | None:
-        """See `ModelSlot.prepare`."""
-        return await self._slot.prepare(config)
-
-    async def drop_prepared(self) -> None:
-        self._slot.drop_prepared()
-
-    async def model_state(self) -> dict[str, Any]:
-        return self._slot.state()
 
     async def score(
         self, images: np.ndarray, time_left_s: float, request_ids: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
 from serve.metrics import ModelInfo, NoMetrics, Recorder, replica_metrics
 from serve.middleware import BodyLimit, NoticeHeader
-from serve.model_slot import ModelSlot
+from serve.model_slot import HoldsModel, ModelSlot
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
@@ -177,7 +177,7 @@ def _add_model_routes(api: FastAPI, service: PredictionService, keys: KeyRing | 
 
 
 @serve.ingress()
-class Ingress:
+class Ingress(HoldsModel):
     """Deployment: FastAPI around a `PredictionService` whose nodes are the handles of the other deployments."""
 
     def __init__(
@@ -243,16 +243,6 @@ class Ingress:
         if self._backend.keys is not None:
             await self._backend.keys.start()
         self._worker.start()
-
-    async def prepare(self, config: dict[str, Any]) -> str | None:
-        """See `ModelSlot.prepare`."""
-        return await self._slot.prepare(config)
-
-    async def drop_prepared(self) -> None:
-        self._slot.drop_prepared()
-
-    async def model_state(self) -> dict[str, Any]:
-        return self._slot.state()
 
     async def deployed(self) -> dict[str, Any]:
         """The settings and the models that this replica runs with: what a failed deploy puts back."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from modeling.bundle import load_bundle
 from serve.metrics import ModelInfo, Recorder, replica_metrics
-from serve.model_slot import ModelSlot
+from serve.model_slot import HoldsModel, ModelSlot
 from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
@@ -136,7 +136,7 @@ class MetadataFusionLogic:
         }
 
 
-class MetadataFusion:
+class MetadataFusion(HoldsModel):
     """Deployment around `MetadataFusionLogic`."""
 
     def __init__(self, metrics: Recorder | None = None) -> None:
@@ -153,16 +153,6 @@ class MetadataFusion:
         self._sampler.start()
         logic = await self._slot.use(config)
         self._model_info.holds(self._slot.version, logic.digest)
-
-    async def prepare(self, config: dict[str, Any]) -> str | None:
-        """See `ModelSlot.prepare`."""
-        return await self._slot.prepare(config)
-
-    async def drop_prepared(self) -> None:
-        self._slot.drop_prepared()
-
-    async def model_state(self) -> dict[str, Any]:
-        return self._slot.state()
 
     async def fuse(
         self, log_probabilities: np.ndarray, records: list[Record | None], request_ids: tuple[str, ...] = ()

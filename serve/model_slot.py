@@ -115,6 +115,22 @@ class ModelSlot(Generic[Model]):
         }
 
 
+class HoldsModel:
+    """What `deploy_service` asks every deployment that holds a model."""
+
+    _slot: ModelSlot[Any]
+
+    async def prepare(self, config: dict[str, Any]) -> str | None:
+        """See `ModelSlot.prepare`."""
+        return await self._slot.prepare(config)
+
+    async def drop_prepared(self) -> None:
+        self._slot.drop_prepared()
+
+    async def model_state(self) -> dict[str, Any]:
+        return self._slot.state()
+
+
 def _reason(error: Exception) -> str:
     """One line; a ValueError's own words are meant for people, others need their type beside them."""
     text = " ".join(str(error).split())[:500]
