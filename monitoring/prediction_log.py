@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modeling.image_limits import QUALITY_NAMES as QUALITY_NAMES
 from store.database import LOG_WRITER, Inserted, Store, StoreUnavailableError, open_store
-from store.erasure import PatientErasure, images_in_use
+from store.erasure import PatientErasure, remove_unused
 from store.image_files import ImageFiles, image_suffix
 from store.spool import Spool
 from store.tables import now_us
@@ -189,13 +189,10 @@ class PredictionLog:
         """Removes files of images that neither a prediction nor a submission names; returns how many.
 
         Raises:
-            StoreUnavailableError: the store does not say which are named; none was removed.
+            StoreUnavailableError: the store does not say which are named; no more files were removed.
             OSError: a file cannot be removed.
         """
-        with self.image_files.locked(exclusive=True):
-            with self.store.reading() as connection:
-                used = images_in_use(connection, hashes)
-            return sum(self.image_files.remove(name) for name in set(hashes) - used)
+        return sum(remove_unused(self.store, self.image_files, [name]) for name in hashes)
 
     def find_by_idempotency_key(self, caller: str, key: str) -> PredictionRecord | None:
         """The record this caller stored under this key, or None."""

@@ -55,6 +55,7 @@ class DurableLog:
         self._replay_thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         self._replay_task: asyncio.Task[None] | None = None
         self._staging = ThreadPoolExecutor(_STAGING_THREADS, thread_name_prefix="staging")
+        self._removal = ThreadPoolExecutor(1, thread_name_prefix="removal")
         self.spooling = False
 
     async def write(self, entry: LogEntry) -> Ack:
@@ -70,7 +71,9 @@ class DurableLog:
         """Where a request with many pictures puts them before it has their rows; None where that is not safe."""
         # No lock keeps removal and writing apart in a bucket: pictures of a failed request would be removed under the
         # next one. And while the store is away, they go to the spool.
-        return StagedImages(self._log, self._staging) if self._log.image_files.local and not self.spooling else None
+        if self.spooling or not self._log.image_files.local:
+            return None
+        return StagedImages(self._log, self._staging, self._removal, self._settings.attempt_timeout_s)
 
     async def find(self, caller: str, keys: list[str]) -> list[PredictionRecord | None]:
         """Stored records under these idempotency keys; none while the sidecar does not answer.

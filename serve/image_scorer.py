@@ -112,15 +112,19 @@ class ImageScorerLogic:
         return {"digest": self.digest, "engine": self.engine.name, "engine_fallback": self.engine_fallback}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoreCall:
     """Pictures of one or several requests, uint8 (N, S, S, 3), and when the last of their callers gives up.
 
-    `deadline`: `time.monotonic()` of this process.
+    `deadline`: `time.monotonic()` of this process. `gone`: nobody waits for it any more.
     """
 
     images: np.ndarray
     deadline: float
+    gone: bool = False
+
+    def is_wanted(self, now: float) -> bool:
+        return not self.gone and self.deadline > now
 
 
 def _num_images(calls: list[ScoreCall]) -> int:
@@ -161,7 +165,12 @@ class ImageScorer(HoldsModel):
         """Scores uint8 (N, S, S, 3), N <= `max_batch_size`, unless `time_left_s` is over before its turn."""
         with watched_call("score", len(images), request_ids):
             # Time that is left, not a time of day: the clocks of two nodes differ.
-            return await self._run(ScoreCall(images, time.monotonic() + time_left_s))
+            call = ScoreCall(images, time.monotonic() + time_left_s)
+            try:
+                return await self._run(call)
+            except asyncio.CancelledError:
+                call.gone = True
+                raise
 
     # Serve's own bound of batches that run is fixed when the class is made; `_room` is that of the settings.
     @serve.batch(batch_size_fn=_num_images, max_concurrent_batches=_MANY)
@@ -172,7 +181,7 @@ class ImageScorer(HoldsModel):
         answers: list[ImageScores | None] = [None] * len(calls)
         async with self._room:
             logic, now = self._slot.model, time.monotonic()
-            todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.deadline > now]
+            todo = [index for index, call in enumerate(calls) if logic.fits(call.images) and call.is_wanted(now)]
             if todo:
                 batch = calls[todo[0]].images if len(todo) == 1 else np.concatenate([calls[i].images for i in todo])
                 run = asyncio.get_running_loop().run_in_executor

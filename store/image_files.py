@@ -9,7 +9,7 @@ import re
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,7 +189,10 @@ class ImageFiles:
     def _side_by_side(self, work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         if len(arguments[0]) < 2:
             return list(map(work, *arguments))
-        return list(self._threads.map(work, *arguments))
+        futures = [self._threads.submit(work, *items) for items in zip(*arguments, strict=True)]
+        # When one raises, the others have ended too: nothing is written behind the caller's back.
+        wait(futures)
+        return [future.result() for future in futures]
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from serve.errors import ApiError
 from serve.lesion import LesionRequest
 from serve.served_model import ServedModel
 from serve.settings import DriftLoggerSettings
+from store import image_files as image_files_module
 from store.image_files import StoredImage, prepare_image
 from tests.bundle_factory import (
     LocalFusion,
@@ -203,3 +205,60 @@ def test_a_request_that_is_alone_writes_its_picture_ahead_and_those_that_are_not
     asyncio.run(scenario())
     ahead = [len(entry.on_disk) for entries in sidecar.calls for entry in entries]
     assert ahead[:2] == [1, 1] and sorted(ahead[2:]) == [0, 0, 1]
+
+
+def test_a_disk_that_hangs_is_not_waited_for_and_leaves_nothing_behind_when_the_request_ends(places, monkeypatch):
+    images = pictures(2)
+
+    async def scenario():
+        log = open_log(places)
+        durable = DurableLog(LocalSidecar(places), log, SETTINGS.model_copy(update={"attempt_timeout_s": 0.1}))
+        put_many, hangs = log.image_files.put_many, threading.Event()
+
+        def hanging(data):
+            assert hangs.wait(20)
+            return put_many(data)
+
+        staged = durable.stage()
+        with monkeypatch.context() as patch:
+            patch.setattr(log.image_files, "put_many", hanging)
+            staged.add(images)
+            assert await staged.on_disk() == frozenset()
+            # The client goes away in the middle of the wait.
+            waits = asyncio.create_task(staged.on_disk())
+            await asyncio.sleep(0)
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+            removed = []
+            patch.setattr(log, "remove_unnamed", lambda hashes: removed.append(set(hashes)))
+            staged.abandon()
+            hangs.set()
+            await until(lambda: removed)
+        assert all(files_of(log, images)), "removed only after they were written"
+        assert removed == [{image.hash for image in images}]
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_fails_half_way_is_removed_whole(places, monkeypatch):
+    images = pictures(6)
+
+    async def scenario():
+        log = open_log(places)
+        durable = DurableLog(LocalSidecar(places), log, SETTINGS)
+        write = image_files_module._write_local
+
+        def full_at_the_third(name, data):
+            if images[2].hash in name:
+                raise OSError("no space left on device")
+            return write(name, data)
+
+        monkeypatch.setattr(image_files_module, "_write_local", full_at_the_third)
+        staged = durable.stage()
+        staged.add(images)
+        assert await staged.on_disk() == frozenset()
+        assert sum(files_of(log, images)) == 5
+        staged.abandon()
+        await until(lambda: not any(files_of(log, images)))
+
+    asyncio.run(scenario())
