@@ -278,10 +278,10 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     if not ipaddress.ip_address(config.host).is_loopback:
         say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
     start_serve(config)
-    rollout = Rollout(config.url, config.ready_timeout_s)
+    rollout, previous = Rollout(config.url, config.ready_timeout_s), running_service()
     if shadow is not None:
-        rollout.start_shadow(settings, shadow)
-    rollout.deploy_or_put_back(Deployed(settings, model, shadow), running_service())
+        rollout.start_shadow(settings, shadow, previous)
+    rollout.deploy_or_put_back(Deployed(settings, model, shadow), previous)
     card = rollout.model_card() or {}
     return {
         "url": config.url,

@@ -31,6 +31,14 @@ class Deployed:
     model: ModelReference
     shadow: ShadowReference | None = None
 
+    def told(self) -> dict[str, Any]:
+        """As an ingress replica says it."""
+        return {
+            "settings": self.settings.model_dump(),
+            "model": self.model.model_dump(),
+            "shadow": None if self.shadow is None else self.shadow.model_dump(),
+        }
+
 
 def _handle(node: str, method: str) -> DeploymentHandle:
     from ray import serve
@@ -73,11 +81,15 @@ def running_service() -> Deployed | None:
         return None
     try:
         found = _handle("Ingress", "deployed").remote().result(timeout_s=_ANSWER_S)
-        return Deployed(
+        deployed = Deployed(
             ServeSettings.model_validate(found["settings"]),
             ModelReference.model_validate(found["model"]),
             None if found["shadow"] is None else ShadowReference.model_validate(found["shadow"]),
         )
+        if deployed.told() != found:
+            # Its replicas would refuse the fields that they do not know.
+            raise ValueError("it is of a release with other settings")
+        return deployed
     except (RayError, RayServeException, TimeoutError, ValueError, KeyError) as error:
         # Down, still starting, or of another release.
         say(f"the service that is there does not say what it serves, so it could not be put back: {_words(error)}")

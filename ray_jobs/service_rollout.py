@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import time
@@ -34,8 +35,8 @@ class Rollout:
         """What /v1/model says; None while there is no answer."""
         return _get(f"{self.url}/v1/model")
 
-    def start_shadow(self, settings: ServeSettings, shadow: ShadowReference) -> None:
-        """Starts a shadow beside what runs; one that does not start is taken away again.
+    def start_shadow(self, settings: ServeSettings, shadow: ShadowReference, previous: Deployed | None) -> None:
+        """Starts a shadow beside what runs; one that does not start is taken away again, or gets back what it had.
 
         Raises:
             ValueError: why it does not run; the service was not touched.
@@ -47,7 +48,10 @@ class Rollout:
         try:
             self._wait_until_running(shadow.app_name, "the shadow")
         except ValueError:
-            delete_shadow(shadow.app_name)
+            if previous is not None and previous.shadow is not None and previous.shadow.app_name == shadow.app_name:
+                run_shadow(previous.settings, previous.shadow)
+            else:
+                delete_shadow(shadow.app_name)
             raise
 
     def deploy_or_put_back(self, wanted: Deployed, previous: Deployed | None) -> None:
@@ -59,7 +63,9 @@ class Rollout:
         """
         model = wanted.model
         what = f"model version {model.version} from {model.bundle_uri}"
-        if previous is not None and previous.model != model:
+        # Replicas of another release may not know this bundle's format; they are replaced anyway.
+        same_release = previous is not None and previous.settings.runtime_env == wanted.settings.runtime_env
+        if previous is not None and previous.model != model and same_release:
             say(f"{what}: loading it beside version {previous.model.version} on every replica")
             try:
                 prepare_replicas(model, self.ready_timeout_s)
@@ -71,6 +77,8 @@ class Rollout:
             self._deploy(wanted)
         except ValueError as error:
             if previous is None or previous == wanted:
+                if previous is None:
+                    _end_shadows(but=None)
                 raise
             say(f"{error}; putting back version {previous.model.version} and its settings")
             try:
@@ -153,7 +161,7 @@ def _get(url: str) -> dict[str, Any] | None:
     try:
         with opener.open(url, timeout=10) as response:
             return json.load(response)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, http.client.HTTPException, json.JSONDecodeError):
         return None
 
 

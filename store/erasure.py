@@ -27,6 +27,7 @@ from store.erased_patients import (
 )
 from store.image_files import ImageFiles
 from store.labels import MISSED_CANCER
+from store.shadow_records import shadow_id
 from store.spool import Spool
 from store.submissions import erase_submissions, images_in_submissions, images_of_submissions
 from store.tables import alarms, audit, images, labels, predictions
@@ -83,7 +84,8 @@ class PatientErasure:
         Raises:
             StoreUnavailableError: interrupted; the patient's erasure, sent again, finishes it.
         """
-        theirs = sql.and_(predictions.c.id == prediction_id, predictions.c.patient_hmac == patient_hmac)
+        ids = (prediction_id, shadow_id(prediction_id))
+        theirs = sql.and_(predictions.c.id.in_(ids), predictions.c.patient_hmac == patient_hmac)
         try:
             with self._image_files.locked(exclusive=True), self._store.writing() as connection:
                 keep_writers_out(connection)

@@ -168,7 +168,16 @@ def claim_submissions(
             attempts = submissions.c.attempts + 1
             connection.execute(taken.values(state=RUNNING, leased_until=now + lease_us, attempts=attempts))
         return [
-            Claim(row["id"], row["caller"], row["attempts"] + 1, now, now + lease_us, row["request"]) for row in rows
+            # Not before it came in, whatever the clocks of two machines say: an erasure in between was not its own.
+            Claim(
+                row["id"],
+                row["caller"],
+                row["attempts"] + 1,
+                max(now, row["submitted_at"]),
+                now + lease_us,
+                row["request"],
+            )
+            for row in rows
         ]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from ray_jobs import service_rollout
+from ray_jobs import model_swap, service_rollout
 from ray_jobs.deploy_service import DeployServiceConfig, serve_settings
-from ray_jobs.model_swap import Deployed
+from ray_jobs.model_swap import Deployed, running_service
 from ray_jobs.service_rollout import Rollout
-from serve.settings import ModelReference
+from serve.settings import APP_NAME, ModelReference
 
 
 def reference(version):
@@ -84,11 +86,38 @@ def test_when_nothing_can_be_put_back_the_line_has_both_reasons(cluster, swap):
         swap()
 
 
-def test_a_first_deploy_has_nothing_to_put_back(cluster, swap):
+def test_a_first_deploy_has_nothing_to_put_back_and_leaves_no_shadow(cluster, swap):
     cluster.cannot_deploy["2"] = "refused"
     with pytest.raises(ValueError, match="^refused$"):
         swap(previous=None)
+    assert cluster.done == [(3, "2"), ("shadows but", None)]
+
+
+def test_replicas_of_another_release_are_not_asked_to_load_the_model(cluster, swap, dermray_home):
+    settings = serve_settings(DeployServiceConfig(), dermray_home / "releases" / "older.zip")
+    swap(previous=Deployed(settings, reference("1")))
     assert cluster.done == [(3, "2")]
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+def test_a_service_of_a_release_with_other_settings_is_not_put_back(monkeypatch, dermray_home, capsys, unknown):
+    """Its replicas would refuse what they do not know."""
+    deployed = Deployed(serve_settings(DeployServiceConfig(), dermray_home / "x.zip"), reference("1"))
+    told = deployed.told()
+    if unknown:
+        del told["settings"]["scorer"]["max_concurrent_batches"]
+
+    class Answer:
+        def remote(self):
+            return self
+
+        def result(self, timeout_s):
+            return told
+
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={APP_NAME: None}))
+    monkeypatch.setattr(model_swap, "_handle", lambda *_: Answer())
+    assert running_service() == (None if unknown else deployed)
+    assert ("release with other settings" in capsys.readouterr().err) == unknown
 
 
 def test_the_same_model_and_settings_are_not_put_back_for_themselves(cluster, swap, dermray_home):
