@@ -17,7 +17,7 @@ from store.database import open_store
 from tests.bundle_factory import lesion_image, served_bundle
 from tests.test_serve_app import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 REFRESH_S = 1
 ANYWHERE = {"0.0.0.0", "::"}

@@ -20,7 +20,7 @@ from tests.test_ray_jobs_deploy_service import engine_set
 from tests.test_serve_app import Service, Traffic, replicas, service, versions_of_batches, wait_for
 
 __all__ = ["service"]
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 MODEL_NODES = ("Ingress", "MetadataFusion", "ImageScorer")
 

@@ -20,7 +20,7 @@ from tests.test_serve_app import FORBIDDEN, Service, Traffic, replicas, service,
 
 __all__ = ["service"]
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CHAMPION_NODES = ("Ingress", "ImageScorer", "MetadataFusion", "DriftLogger")
 NICENESS = 15
