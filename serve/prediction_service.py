@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from monitoring.prediction_log import PredictionRecord, patient_hmac
 from serve.drift_logger import LogEntry
 from serve.durable_log import DurableLog, LogUnavailableError
-from serve.errors import ApiError, invalid_field, patient_erased, unavailable
+from serve.errors import ApiError, patient_erased, unavailable
 from serve.explanation import Explanation, View
+from serve.idempotency import check_comparison, conflict, logged_metadata, other_lesions
 from serve.lesion import LesionRequest, Origin, keyed_id
 from serve.lesion_scoring import Fusion, LesionScoring, ModelsDifferError, ScoredLesion, Scorer
 from serve.metrics import ABSTENTIONS, PREDICTIONS, STAGE_SECONDS, NoMetrics, Recorder
@@ -161,7 +162,7 @@ class PredictionService:
         todo = {i: item for i, item in enumerate(requests) if isinstance(item, LesionRequest)}
         known = await self._find_known(todo, clock)
         if known:
-            _check_comparison(known.values(), patient)
+            check_comparison(known.values(), patient)
             # A patient's lesions are stored together: what is missing beside them was refused before, or is new.
             looked_at = list(todo) if patient else list(known)
             # A known one's picture is looked at all the same: the key may have come with another one.
@@ -175,7 +176,7 @@ class PredictionService:
                         request, image.stored.hash, record, record.stage_ms, patient
                     )
                 else:
-                    raise _other_lesions()
+                    raise other_lesions()
         decoded = None if staged is None else staged.add
         scored, errors = await self.scoring.score(todo, model, deadline, clock, patient, decoded) if todo else ([], {})
         outcomes |= errors
@@ -186,7 +187,7 @@ class PredictionService:
             stored = await self._write(entry)
             clock.end("log")
             stages = clock.stages()
-            _check_comparison(stored, patient)
+            check_comparison(stored, patient)
             self._count(stored, stages, route)
             for lesion, record in zip(scored, stored, strict=True):
                 request, image = todo[lesion.index], lesion.image
@@ -246,21 +247,10 @@ class PredictionService:
         patient: bool,
     ) -> Outcome:
         """The stored record, unless the same key came with something else before."""
-        origin = request.origin
-        same = {
-            # Beside it the context depends on the model, which may have changed since.
-            "route": (stored.context == "patient") == patient,
-            "image": stored.image_hash == image_hash,
-            "metadata": stored.metadata == _logged_metadata(request),
-            "patient_id": stored.patient_hmac == self.pseudonym(origin),
-            "institution": stored.institution == origin.institution,
-            "device": stored.device == origin.device,
-            "acquired_at": stored.acquired_at == origin.acquired_at,
-        }
-        others = [name for name, is_same in same.items() if not is_same]
-        if others:
-            return invalid_field(f"Idempotency-Key: this key was used with another {', '.join(others)}; send a new one")
-        return stored, dict(stage_ms)
+        return conflict(request, image_hash, self.pseudonym(request.origin), patient, stored) or (
+            stored,
+            dict(stage_ms),
+        )
 
     def _record(
         self, request: LesionRequest, lesion: ScoredLesion, model: ServedModel, clock: StageClock
@@ -276,7 +266,7 @@ class PredictionService:
             institution=origin.institution,
             device=origin.device,
             image_hash=lesion.image.stored.hash,
-            metadata=_logged_metadata(request),
+            metadata=logged_metadata(request),
             **model_columns(lesion, model, clock),
         )
 
@@ -335,18 +325,3 @@ class PredictionService:
             "shadow": None if self.shadow is None else self.shadow.describe(),
             "notice": model.notice,
         }
-
-
-def _logged_metadata(request: LesionRequest) -> dict[str, Any]:
-    return {name: value for name, value in (request.metadata or {}).items() if value is not None}
-
-
-def _other_lesions() -> ApiError:
-    return invalid_field("Idempotency-Key: this key was used with other lesions of a patient; send a new one")
-
-
-def _check_comparison(stored: Iterable[PredictionRecord], patient: bool) -> None:
-    """Refuses to rank what was not compared: stored lesions of two requests that came under one key at one time, one
-    with more lesions than the other. The records of one request have its time."""
-    if patient and len({record.received_at for record in stored}) > 1:
-        raise _other_lesions()
