@@ -32,7 +32,7 @@ class Tally:
         latencies: seconds of each answer with 200. In an open loop from the moment it was due.
         answered_at: `time.perf_counter()` of each of these answers.
         prediction_ids: of all answers with 200.
-        seconds: of the whole measurement.
+        seconds: of the whole measurement; of an open loop, while requests were due or answered.
         retry_after: answers with 503 or 429 that said when to come back.
     """
 
@@ -249,8 +249,10 @@ class LoadGenerator:
             task = asyncio.create_task(send(float(moment)))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+        offered = time.perf_counter()
         await asyncio.gather(*tasks)
-        tally.seconds = time.perf_counter() - started
+        # Not until the last refusal, which a server may hold back: nothing more was asked of it.
+        tally.seconds = max(offered, *tally.answered_at[-1:]) - started
         for connection in idle:
             if connection is not None:
                 connection.close()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.errors import ApiError, unavailable
@@ -74,8 +75,8 @@ class Admission:
         """Requests outside: in line, or held back until their refusal."""
         return self._held
 
-    async def enter(self, num_bytes: int) -> None:
-        """Returns once a request with a body of so many bytes may come in; `leave` must follow.
+    async def enter(self, num_bytes: int) -> bool:
+        """Returns once a request with a body of so many bytes may come in, and whether it waited; `leave` must follow.
 
         Raises:
             ApiError: 503, it may not.
@@ -83,7 +84,7 @@ class Admission:
         self._call_next()
         if not self._line and self._has_room(num_bytes):
             self._let_in(num_bytes)
-            return
+            return False
         if self._held >= self._settings.max_waiting:
             raise self.refusal(f"{self._held} requests wait already (max_waiting)")
         place = _Place(num_bytes, time.monotonic(), asyncio.get_running_loop().create_future())
@@ -101,6 +102,7 @@ class Admission:
             self._held -= 1
         if not called:
             raise self.refusal(f"no place in {self._settings.patience_s:g} s")
+        return True
 
     def leave(self, num_bytes: int) -> None:
         """The request has its answer, or broke off."""
@@ -198,13 +200,15 @@ class AdmissionGuard:
 
     async def _let_in(self, body: Body, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.admission.enter(body.num_bytes)
+            waited = await self.admission.enter(body.num_bytes)
         except ApiError as refusal:
             await problem_response(refusal)(scope, receive, send)
             return
         finally:
             self.bodies.release(body)
         try:
-            await self.app(scope, body.replayed(receive), send)
+            # Ahead of Serve nobody ends the request of a client that has gone.
+            if not waited or not await Request(scope, receive).is_disconnected():
+                await self.app(scope, body.replayed(receive), send)
         finally:
             self.admission.leave(body.num_bytes)

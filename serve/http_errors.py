@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,10 +10,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import Problem
 from serve.errors import ApiError, invalid_field
+from serve.request_ids import LOGGER
 
+logger = logging.getLogger(LOGGER)
+
+# An error's text may quote a patient's data; the log has it.
+_INTERNAL = ApiError(500, "internal_error", "the service failed on this request; its log says why")
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "too_large"}
 
 
@@ -49,9 +56,31 @@ def add_error_handlers(api: FastAPI) -> None:
     api.add_exception_handler(ApiError, lambda _, error: problem_response(error))
     api.add_exception_handler(RequestValidationError, lambda _, error: problem_response(_validation_problem(error)))
     api.add_exception_handler(HTTPException, lambda _, error: http_problem_response(error))
-    # Its text may quote a patient's data; the log has it.
-    internal = ApiError(500, "internal_error", "the service failed on this request; its log says why")
-    api.add_exception_handler(Exception, lambda *_: problem_response(internal))
+    api.add_exception_handler(Exception, lambda *_: problem_response(_INTERNAL))
+
+
+class Unforeseen:
+    """Answers what fails around the application, where neither its handlers nor Serve would, and has it logged."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            # The application's own handler has answered and raised it again, for Serve to log.
+            if started or scope["type"] != "http":
+                raise
+            logger.exception("%s %s failed at the door", scope["method"], scope["path"])
+            await problem_response(_INTERNAL)(scope, receive, send)
 
 
 async def check_form_fields(request: Request, known: Sequence[str], lists: Sequence[str] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,34 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from monitoring.prediction_log import PredictionLog
-from serve.access import AccessGuard
-from serve.admission import Admission, AdmissionGuard
 from serve.alarm_routes import add_alarm_routes
 from serve.api import PROBLEMS, Health, ModelCard
-from serve.api_docs import DOCS_PATH, DOCS_POLICY, add_docs
-from serve.arrival import ArrivalTime
+from serve.api_docs import add_docs
+from serve.backend import Backend
 from serve.candidate_routes import add_candidate_routes
 from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.explanation_routes import add_explanation_routes
-from serve.gauges import watch_admission, watch_log
+from serve.front_door import open_front_door
+from serve.gauges import watch_log
+from serve.guards import build_door
 from serve.http_errors import add_error_handlers
 from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
-from serve.metrics import ModelInfo, NoMetrics, Recorder, replica_metrics
-from serve.middleware import BodyLimit, NoticeHeader
+from serve.metrics import ModelInfo, replica_metrics
 from serve.model_slot import HoldsModel, ModelSlot
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
 from serve.private_ports import listen_on_node_address
-from serve.problem_counter import ProblemCounter
 from serve.rate_limit import TokenBuckets
-from serve.read_deadline import ReadDeadline
 from serve.record_routes import add_record_routes
 from serve.records import RecordService
 from serve.request_ids import RequestIds, show_ids_in_log
 from serve.retrain_routes import add_retrain_routes
 from serve.sampling import Sampler
-from serve.security_headers import SecurityHeaders
 from serve.served_model import ServedModel
 from serve.settings import ServeSettings
 from serve.shadow_model import switch_shadow
@@ -53,59 +47,26 @@ from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
 from serve.triage_routes import add_triage_routes
-from serve.waiting_bodies import WaitingBodies
 from serve.whole_form import WholeForm
 from store.api_keys import list_api_keys
 
-NOTICE_HEADER = "X-Dermray-Notice"
-# Room for boundaries, field names and the text fields beside the image.
-_FORM_BYTES = 2**20 + 2**16
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What stands behind the routes.
-
-    Attributes:
-        service: scores; it must have a model before the first request.
-        log: the prediction log, with its store.
-        records: what people read and note in it.
-        submissions: what is scored later.
-        keys: who may call; None leaves the service open.
-        buckets: rate limit per key.
-        metrics: what is told of every request.
-        sampler: what reads the gauges of the routes.
-        answers_ids: whether to answer with the request's id; not where the server around the routes does.
-    """
-
-    service: PredictionService
-    log: PredictionLog
-    records: RecordService
-    submissions: SubmissionQueue
-    keys: KeyRing | None = None
-    buckets: TokenBuckets | None = None
-    metrics: Recorder = field(default_factory=NoMetrics)
-    sampler: Sampler = field(default_factory=lambda: Sampler(NoMetrics()))
-    answers_ids: bool = True
-
 
 class _Api(FastAPI):
+    """FastAPI with the guards around Starlette's own middleware, unless they stand ahead of Serve."""
+
     def __init__(self, backend: Backend, **options: Any):
         super().__init__(**options)
-        self._backend = backend
+        self._answers_ids = backend.answers_ids
+        self.door = build_door(backend, self.routes)
 
     def build_middleware_stack(self) -> ASGIApp:
-        # Middleware that is added stands inside Starlette's own, which answers what no one foresaw.
-        stack = SecurityHeaders(super().build_middleware_stack(), {DOCS_PATH: DOCS_POLICY})
-        counted = ProblemCounter(stack, self._backend.metrics, self.routes)
-        return RequestIds(counted, self._backend.answers_ids)
+        return RequestIds(self.door.inside(super().build_middleware_stack()), self._answers_ids)
 
 
-def build_api(backend: Backend) -> FastAPI:
+def build_api(backend: Backend) -> _Api:
     """All routes, and what stands around them."""
     service, records, keys = backend.service, backend.records, backend.keys
     retry_after_s = service.settings.retry_after_s
-    limits = service.limits
     api = _Api(
         backend,
         title="dermray",
@@ -118,26 +79,7 @@ def build_api(backend: Backend) -> FastAPI:
         redirect_slashes=False,
     )
     add_error_handlers(api)
-    bodies = {
-        "/v1/predict": limits.max_image_bytes,
-        "/v1/predict/batch": limits.max_batch_bytes,
-        "/v1/patients/triage": limits.max_batch_bytes,
-        "/v1/explain": limits.max_image_bytes,
-        "/v1/submissions": limits.max_image_bytes,
-    }
-    largest = {path: limit + _FORM_BYTES for path, limit in bodies.items()}
-    admission = Admission(service.settings.admission, service.oldest_wait_s, retry_after_s)
-    waiting = WaitingBodies(service.settings.admission, admission.refusal)
-    watch_admission(backend.sampler, backend.metrics, admission)
     api.add_middleware(WholeForm)
-    api.add_middleware(AdmissionGuard, admission=admission, bodies=waiting, largest=largest)
-    # Around the guard, which reads bodies: they are bounded in length and in time from the first byte on.
-    api.add_middleware(BodyLimit, limits=largest, default=_FORM_BYTES)
-    api.add_middleware(ReadDeadline, max_pause_s=limits.max_pause_s, min_bytes_per_s=limits.min_bytes_per_s)
-    if keys is not None:
-        api.add_middleware(AccessGuard, keys=keys, buckets=backend.buckets)
-    api.add_middleware(NoticeHeader, name=NOTICE_HEADER, value=lambda: service.model.notice)
-    api.add_middleware(ArrivalTime)
     add_prediction_routes(api, service)
     add_triage_routes(api, service)
     add_explanation_routes(api, service)
@@ -227,7 +169,9 @@ class Ingress(HoldsModel):
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._backend)
+        api = build_api(self._backend)
+        open_front_door(api.door)
+        return api
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serves what the bundles of `ServedModels` say; see `ModelSlot.use`."""

@@ -1,9 +1,9 @@
 """The id of a request: from its header or new, in every answer, and in the log lines of every node that works for it.
 
-Serve gives a request an id too: it takes any header for one, and shows it in the ingress's lines. `http_middlewares`
-stands around Serve's own handling in each replica's HTTP server, so that Serve sees, logs and answers the id that we
-accepted. Calls between the nodes are shared by several requests and are made outside their contexts, where Serve would
-invent an id: there the ids travel as arguments.
+Serve gives a request an id too: it takes any header for one, and shows it in the ingress's lines. `RequestIds` stands
+around Serve's own handling in each replica's HTTP server (serve/front_door.py), so that Serve sees, logs and answers
+the id that we accepted. Calls between the nodes are shared by several requests and are made outside their contexts,
+where Serve would invent an id: there the ids travel as arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from starlette.datastructures import MutableHeaders
-from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-ID"
@@ -163,8 +162,3 @@ def _accept(scope: Scope) -> str:
     others = [(name, value) for name, value in scope["headers"] if name != _RAW_HEADER]
     scope["headers"] = [*others, (_RAW_HEADER, request_id.encode())]
     return request_id
-
-
-def http_middlewares() -> list[Middleware]:
-    """What RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names: stands around Serve's own handling of requests."""
-    return [Middleware(RequestIds)]

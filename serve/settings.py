@@ -18,8 +18,8 @@ APP_NAME = "dermray"
 # gRPC, whose messages end at 4 MiB unless told otherwise: a batch of pictures is larger.
 REPLICA_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
-    # Stands around Serve's handling of request ids, which takes any header for one, and answers 500 to one not UTF-8.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:http_middlewares",
+    # Stands around Serve's handling of requests, which takes any header for an id, and is dear for a refusal.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front_door:http_middlewares",
 }
 
 

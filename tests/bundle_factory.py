@@ -10,9 +10,9 @@ import numpy as np
 from modeling.abstention import AbstentionRule
 from modeling.preprocessing import decode_image, image_quality, resize
 from monitoring.prediction_log import PredictionLog
+from serve.backend import Backend
 from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
 from serve.image_scorer import ImageScorerLogic
-from serve.ingress import Backend
 from serve.lesion_scoring import LesionScoring
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.prediction_service import PredictionService

@@ -69,6 +69,9 @@ class House:
             read += 1
             if read == 1:
                 return {"type": "http.request", "body": bytes(length), "more_body": rest is not None}
+            if rest is None:
+                # The client waits for its answer.
+                return await asyncio.get_running_loop().create_future()
             piece = await rest.get()
             if piece is None:
                 return {"type": "http.disconnect"}
@@ -429,6 +432,27 @@ def test_requests_that_break_off_inside_or_outside_leave_their_place_to_others()
         house.leave.set()
         assert (await last)[0] == 200
         await asyncio.gather(inside, outside, return_exceptions=True)
+        house.check_empty()
+
+    asyncio.run(scenario())
+
+
+def test_who_went_away_while_waiting_is_not_worked_for():
+    """Ahead of Serve a request goes on when its client has gone."""
+
+    async def scenario():
+        house = House(max_requests=1, **LONG)
+        gone, here = asyncio.Queue(), asyncio.Queue()
+        for line in (gone, here):
+            line.put_nowait(b"")
+        inside, first, second = (asyncio.create_task(house.ask(rest=rest)) for rest in (None, gone, here))
+        await started(inside, first, second)
+        gone.put_nowait(None)
+        house.leave.set()
+        assert (await second)[0] == (await inside)[0] == 200
+        with pytest.raises(IndexError):
+            await first  # No answer was sent.
+        assert len(house.bodies) == 2
         house.check_empty()
 
     asyncio.run(scenario())

@@ -12,7 +12,7 @@ import pytest
 
 from monitoring.prediction_log import decode_embedding, patient_hmac
 from serve.errors import unavailable
-from serve.ingress import NOTICE_HEADER
+from serve.guards import NOTICE_HEADER
 from serve.served_model import ServedModel
 from serve.settings import IngressSettings, UploadLimits
 from tests.bundle_factory import (

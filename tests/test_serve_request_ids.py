@@ -16,13 +16,13 @@ from starlette.testclient import TestClient
 
 from serve import request_ids
 from serve.drift_logger import DriftLogger
+from serve.front_door import http_middlewares
 from serve.metadata_fusion import MetadataFusion
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.request_ids import (
     MAX_IDS,
     RequestIds,
     current_ids,
-    http_middlewares,
     join_ids,
     show_ids_in_log,
     watched_call,
