@@ -14,7 +14,7 @@ from modeling.schema import CONTEXTS, TaskSpec
 from monitoring.drift_statistics import Feature, FeatureDrift, feature_drift, present
 from monitoring.embedding_drift import EmbeddingDrift, embedding_drift
 from monitoring.prediction_log import EMBEDDING_NAMES, QUALITY_NAMES
-from store.image_files import sync_folder, write_synced
+from store.synced_files import sync_folder, write_synced
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import struct
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import cv2
 import fsspec
 import numpy as np
+
+from store.side_by_side import SideBySide
+from store.synced_files import SyncedFolders, folder_lock, sync_folder, temporary_files
 
 _JPEG_START, _PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # Inside entropy-coded data an 0xFF is followed by 0x00 or a restart marker; anything else ends the data.
@@ -151,8 +149,8 @@ def _orientation_segment(orientation: int) -> bytes:
     return b"\xff\xe1" + struct.pack(">H", 8 + len(tiff)) + b"Exif\0\0" + tiff
 
 
-# Images of one call that are written at the same time.
-_WRITERS = 8
+# Images of one call that are on their way to a bucket at the same time.
+_UPLOADS = 8
 
 
 class ImageFiles:
@@ -164,6 +162,8 @@ class ImageFiles:
     def __init__(self, url: str):
         self.url = url.removeprefix("file://").rstrip("/")
         self.local = "://" not in self.url
+        self._folders = SyncedFolders(Path(self.url))
+        self._uploads = SideBySide(_UPLOADS, "uploads")
 
     def path(self, image_hash: str, suffix: str) -> str:
         return f"{self.url}/{image_hash[:2]}/{image_hash}{suffix}"
@@ -173,30 +173,18 @@ class ImageFiles:
         return self.put_many([data], [suffix])[0]
 
     def put_many(self, images: Iterable[bytes], suffixes: Iterable[str | None] | None = None) -> list[str]:
-        """Stores images, with one directory sync for all that share a folder; returns their hashes."""
+        """Stores images, with as few syncs as the place allows; returns their hashes."""
         images = list(images)
         hashes = [hashlib.sha256(data).hexdigest() for data in images]
         paths = [
             self.path(image_hash, suffix or image_suffix(data))
             for image_hash, data, suffix in zip(hashes, images, suffixes or [None] * len(images), strict=True)
         ]
-        write = _write_local if self.local else _write_remote
-        # Writers wait for the disk or the network, not for each other: 64 tiles take a third of the time in a row.
-        folders = set().union(*self._side_by_side(write, paths, images))
-        self._side_by_side(sync_folder, list(folders))
+        if self.local:
+            self._folders.write([(Path(path), data) for path, data in zip(paths, images, strict=True)])
+        else:
+            self._uploads.map(_write_remote, paths, images)
         return hashes
-
-    def _side_by_side(self, work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        if len(arguments[0]) < 2:
-            return list(map(work, *arguments))
-        futures = [self._threads.submit(work, *items) for items in zip(*arguments, strict=True)]
-        # When one raises, the others have ended too: nothing is written behind the caller's back.
-        wait(futures)
-        return [future.result() for future in futures]
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_WRITERS, thread_name_prefix="images")
 
     def get(self, image_hash: str, suffix: str) -> bytes:
         """The bytes of a stored image.
@@ -249,59 +237,11 @@ class ImageFiles:
             yield
 
 
-@contextmanager
-def folder_lock(folder: Path, exclusive: bool = True) -> Iterator[None]:
-    """Holds an advisory lock on a folder, against other threads and processes of this machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable: a rename is on disk only after its folder is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, syncs it and renames it; the caller syncs the folder."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write_remote(url: str, data: bytes) -> set[Path]:
+def _write_remote(url: str, data: bytes) -> None:
     filesystem, path = fsspec.core.url_to_fs(url)
     if not filesystem.exists(path):
         filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         filesystem.pipe_file(path, data)
-    return set()
-
-
-def _write_local(name: str, data: bytes) -> set[Path]:
-    """Writes one image; returns the folders still to be synced."""
-    path = Path(name)
-    folders = {path.parent}
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folders.add(path.parent.parent)
-    # A file by this name is complete, but the process that renamed it may not have synced the folder yet.
-    if not path.exists():
-        write_synced(path, data)
-    return folders
 
 
 def _remove_local(path: Path) -> bool:
@@ -309,7 +249,7 @@ def _remove_local(path: Path) -> bool:
         return False
     found = path.exists()
     path.unlink(missing_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in temporary_files(path):
         leftover.unlink(missing_ok=True)
         found = True
     if found:

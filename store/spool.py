@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from store.image_files import folder_lock, sync_folder, write_synced
+from store.synced_files import folder_lock, sync_folder, write_synced
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,181 @@
+"""Files are on disk, whole, when the call returns; many of them with two syncs, where the file system allows that."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from store import synced_files
+from store.synced_files import SyncedFolders, temporary_files
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """What lies below the root at every sync, by name; `syncs.at(n)` is called at the n-th."""
+    found = SimpleNamespace(states=[], synced=[], at=lambda number: None)
+    fsync = os.fsync
+
+    def syncfs(descriptor):
+        root = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        files = {path.name: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        found.states.append(files)
+        found.at(len(found.states))
+
+    def one(descriptor):
+        found.synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(synced_files, "_syncfs", syncfs)
+    monkeypatch.setattr(synced_files, "_syncs_as_a_whole", lambda _: True)
+    monkeypatch.setattr(synced_files.os, "fsync", one)
+    return found
+
+
+def files(root, *names):
+    return [(root / name[:2] / name, name.encode() * 100) for name in names]
+
+
+def names(root):
+    return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def test_files_have_their_names_only_once_their_content_is_on_disk(tmp_path, syncs):
+    root = tmp_path / "images"
+    given = files(root, "aa1", "aa2", "bb1")
+    SyncedFolders(root).write(given)
+    before, after = syncs.states
+    assert sorted(before.values()) == sorted(data for _, data in given)
+    assert all(name.startswith(".") and name.endswith(".tmp") for name in before)
+    assert after == {path.name: data for path, data in given}
+    # The root's own name; what is below is on disk with the file system.
+    assert syncs.synced == [tmp_path.name]
+
+
+def test_what_is_there_is_not_written_again_but_its_name_is_made_durable(tmp_path, syncs):
+    """Who renamed it may not have lived to sync its folder."""
+    folders = SyncedFolders(tmp_path)
+    folders.write(files(tmp_path, "aa1", "aa2"))
+    times = [path.stat().st_mtime_ns for path, _ in files(tmp_path, "aa1", "aa2")]
+    syncs.states.clear()
+    folders.write(files(tmp_path, "aa1", "aa2", "aa1"))
+    assert [path.stat().st_mtime_ns for path, _ in files(tmp_path, "aa1", "aa2")] == times
+    assert len(syncs.states) == 1
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_sync_that_fails_is_told_and_leaves_no_temporary_file(tmp_path, syncs, failing):
+    def fail(number):
+        if number == failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    syncs.at = fail
+    with pytest.raises(OSError, match="Input/output error"):
+        SyncedFolders(tmp_path).write(files(tmp_path, "aa1", "bb1"))
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    assert names(tmp_path) == ([] if failing == 1 else ["aa1", "bb1"])
+
+
+def test_a_disk_that_is_full_at_the_third_leaves_nothing(tmp_path, syncs, monkeypatch):
+    write, written = os.write, []
+
+    def full(descriptor, data):
+        written.append(descriptor)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(synced_files.os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        SyncedFolders(tmp_path).write(files(tmp_path, "aa1", "aa2", "aa3"))
+    assert names(tmp_path) == [] and syncs.states == []
+
+
+def test_a_write_that_takes_a_part_of_the_data_is_continued(tmp_path, syncs, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(synced_files.os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    given = files(tmp_path, "aa1", "aa2")
+    SyncedFolders(tmp_path).write(given)
+    assert [path.read_bytes() for path, _ in given] == [data for _, data in given]
+
+
+def test_one_file_is_synced_by_itself(tmp_path, syncs):
+    SyncedFolders(tmp_path).write(files(tmp_path, "aa1"))
+    assert syncs.states == []
+    assert syncs.synced[0].startswith(".aa1.") and set(syncs.synced[1:]) == {"aa", tmp_path.name}
+
+
+def test_a_file_system_that_others_keep_busy_is_left_alone_for_a_while(tmp_path, syncs, clock):
+    folders = SyncedFolders(tmp_path, clock)
+
+    def slow(number):
+        clock.now += 2.0
+
+    syncs.at = slow
+    folders.write(files(tmp_path, "aa1", "aa2"))
+    assert len(syncs.states) == 2
+    folders.write(files(tmp_path, "bb1", "bb2"))
+    assert len(syncs.states) == 2
+    assert sum(name.startswith(".bb") for name in syncs.synced) == 2 and names(tmp_path)[-2:] == ["bb1", "bb2"]
+    clock.now += 601
+    folders.write(files(tmp_path, "cc1", "cc2"))
+    assert len(syncs.states) == 4
+
+
+def test_many_files_may_take_longer(tmp_path, syncs, clock):
+    folders = SyncedFolders(tmp_path, clock)
+
+    def slow(number):
+        clock.now += 0.6
+
+    syncs.at = slow
+    folders.write(files(tmp_path, *(f"aa{number}" for number in range(200))))
+    folders.write(files(tmp_path, "bb1", "bb2"))
+    assert len(syncs.states) == 4
+
+
+def test_both_ways_write_the_same_on_this_machine(tmp_path):
+    """Without anything replaced: whichever way this file system gets, and the other one."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    SyncedFolders(one).write(files(one, "aa1", "bb1", "bb2"))
+    each = SyncedFolders(other)
+    each._left_alone_until = float("inf")
+    each.write(files(other, "aa1", "bb1", "bb2"))
+    assert names(one) == names(other) == ["aa1", "bb1", "bb2"]
+    assert all((one / path.relative_to(other)).read_bytes() == data for path, data in files(other, "aa1", "bb1", "bb2"))
+    # The umask of whoever runs the service decides who may read, as with any other file.
+    assert (one / "aa" / "aa1").stat().st_mode == (other / "aa" / "aa1").stat().st_mode
+
+
+def test_a_memory_file_system_or_an_old_kernel_is_not_synced_as_a_whole(monkeypatch):
+    if Path("/dev/shm").is_dir():
+        assert not synced_files._syncs_as_a_whole(Path("/dev/shm"))
+    device = os.stat("/").st_dev
+    check = synced_files._device_syncs_as_a_whole.__wrapped__
+    monkeypatch.setattr(synced_files.os, "uname", lambda: SimpleNamespace(sysname="Linux", release="5.4.0-150-generic"))
+    assert not check(os.major(device), os.minor(device))
+    monkeypatch.setattr(synced_files.os, "uname", lambda: SimpleNamespace(sysname="Darwin", release="24.1.0"))
+    assert not check(os.major(device), os.minor(device))
+
+
+def test_what_interrupted_writes_left_is_found(tmp_path):
+    left = synced_files._temporary(tmp_path / "aa1")
+    left.write_bytes(b"half")
+    synced_files._temporary(tmp_path / "aa10").write_bytes(b"half")
+    assert temporary_files(tmp_path / "aa1") == [left]
