@@ -70,9 +70,11 @@ def image_quality(image: np.ndarray, small: np.ndarray | None = None) -> dict[st
     luma = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     red, green, blue = (float(value) / 255.0 for value in cv2.mean(small)[:3])
     sharpness = float(cv2.Laplacian(luma, cv2.CV_32F).var())
+    # NumPy's mean and std of these give the same in 35 instead of 2 us.
+    brightness, contrast = (float(value[0, 0]) / 255.0 for value in cv2.meanStdDev(luma))
     return {
-        "brightness": float(luma.mean()) / 255.0,
-        "contrast": float(luma.std()) / 255.0,
+        "brightness": brightness,
+        "contrast": contrast,
         "blur": float(np.log10(sharpness + 1e-3)),
         "red": red,
         "green": green,

@@ -20,9 +20,6 @@ from serve.staged_images import StagedImages
 logger = logging.getLogger("ray.serve")
 
 
-_STAGING_THREADS = 2
-
-
 class Sidecar(Protocol):
     """The calls of the drift logger's handle."""
 
@@ -54,7 +51,7 @@ class DurableLog:
         self._spool_thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._replay_thread = ThreadPoolExecutor(1, thread_name_prefix="replay")
         self._replay_task: asyncio.Task[None] | None = None
-        self._staging = ThreadPoolExecutor(_STAGING_THREADS, thread_name_prefix="staging")
+        self._staging = ThreadPoolExecutor(1, thread_name_prefix="staging")
         self._removal = ThreadPoolExecutor(1, thread_name_prefix="removal")
         self.spooling = False
 

@@ -126,6 +126,7 @@ class LesionScoring:
         self._part_images = min(PART_IMAGES, max_batch_size)
         self._large = LargeRequests(settings.large_requests, self._part_images, settings.retry_after_s)
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._small_thread = ThreadPoolExecutor(1, thread_name_prefix="decode_small")
 
     async def score(
         self,
@@ -226,8 +227,15 @@ class LesionScoring:
         arguments = [(request.image, model.input_size, None if request.stored else self.limits) for request in requests]
         if len(requests) == 1 and _is_small(requests[0].image):
             return [prepare_or_error(*arguments[0])]
-        decode = asyncio.get_running_loop().run_in_executor
-        return await gather_or_cancel([decode(self._threads, prepare_or_error, *item) for item in arguments])
+        run = asyncio.get_running_loop().run_in_executor
+        small = [place for place, request in enumerate(requests) if _is_small(request.image)]
+        large = [place for place in range(len(requests)) if place not in small]
+        # Two threads with tiles mostly wait for each other: 0.38 ms a tile and 0.52 of CPU, instead of 0.30 in one.
+        together = run(self._small_thread, lambda: [prepare_or_error(*arguments[place]) for place in small])
+        each = [run(self._threads, prepare_or_error, *arguments[place]) for place in large]
+        prepared, *others = await gather_or_cancel([together, *each])
+        found = dict(zip([*small, *large], [*prepared, *others], strict=True))
+        return [found[place] for place in range(len(requests))]
 
     async def explain(self, data: bytes, view: View, target_class: str | None, model: ServedModel) -> Explanation:
         """See `PredictionService.explain`."""
