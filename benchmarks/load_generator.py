@@ -252,7 +252,7 @@ class LoadGenerator:
         offered = time.perf_counter()
         await asyncio.gather(*tasks)
         # Not until the last refusal, which a server may hold back: nothing more was asked of it.
-        tally.seconds = max(offered, *tally.answered_at[-1:]) - started
+        tally.seconds = max([offered, *tally.answered_at[-1:]]) - started
         for connection in idle:
             if connection is not None:
                 connection.close()

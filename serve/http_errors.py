@@ -79,7 +79,7 @@ class Unforeseen:
             # The application's own handler has answered and raised it again, for Serve to log.
             if started or scope["type"] != "http":
                 raise
-            logger.exception("%s %s failed at the door", scope["method"], scope["path"])
+            logger.exception("%s %s failed outside the application", scope["method"], scope["path"])
             await problem_response(_INTERNAL)(scope, receive, send)
 
 

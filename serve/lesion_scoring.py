@@ -231,10 +231,11 @@ class LesionScoring:
         small = [place for place, request in enumerate(requests) if _is_small(request.image)]
         large = [place for place in range(len(requests)) if place not in small]
         # Two threads with tiles mostly wait for each other: 0.38 ms a tile and 0.52 of CPU, instead of 0.30 in one.
-        together = run(self._small_thread, lambda: [prepare_or_error(*arguments[place]) for place in small])
-        each = [run(self._threads, prepare_or_error, *arguments[place]) for place in large]
-        prepared, *others = await gather_or_cancel([together, *each])
-        found = dict(zip([*small, *large], [*prepared, *others], strict=True))
+        work = [run(self._threads, _prepare_all, [arguments[place]]) for place in large]
+        if small:
+            work.append(run(self._small_thread, _prepare_all, [arguments[place] for place in small]))
+        prepared = [image for images in await gather_or_cancel(work) for image in images]
+        found = dict(zip([*large, *small], prepared, strict=True))
         return [found[place] for place in range(len(requests))]
 
     async def explain(self, data: bytes, view: View, target_class: str | None, model: ServedModel) -> Explanation:
@@ -278,6 +279,10 @@ class LesionScoring:
             return [[] for _ in next(iter(quality.values()))]
         assert distances is not None, "the same bundle gave the scores"
         return model.abstention.refusals({name: np.array(values) for name, values in quality.items()}, distances)
+
+
+def _prepare_all(arguments: Sequence[tuple[bytes, int, UploadLimits | None]]) -> list[PreparedImage | ApiError]:
+    return [prepare_or_error(*given) for given in arguments]
 
 
 def _is_small(data: bytes) -> bool:

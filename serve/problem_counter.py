@@ -13,6 +13,8 @@ from serve.metrics import PROBLEMS, Recorder
 
 # The codes are our own, but a page's or a library's answer has none.
 _CODE = re.compile(r"[a-z_]{1,40}")
+# What Serve answers where the client has gone; nobody reads it.
+_GONE = 499
 
 
 class ProblemCounter:
@@ -37,7 +39,7 @@ class ProblemCounter:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif status >= 400 and message["type"] == "http.response.body":
+            elif status >= 400 and status != _GONE and message["type"] == "http.response.body":
                 route = next((path for regex, path in self._paths if regex.match(scope["path"])), "other")
                 self._metrics.record(PROBLEMS, 1, route, str(status), _code(message.get("body", b"")))
                 status = 0

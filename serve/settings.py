@@ -18,6 +18,8 @@ APP_NAME = "dermray"
 # gRPC, whose messages end at 4 MiB unless told otherwise: a batch of pictures is larger.
 REPLICA_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
+    # The guards of the door count on one event loop. In throughput mode that is so anyhow.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Stands around Serve's handling of requests, which takes any header for an id, and is dear for a refusal.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front_door:http_middlewares",
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,14 @@ from store.side_by_side import SideBySide
 
 # Files that are synced at the same time, where each is synced by itself.
 _WRITERS = 8
-# On these, syncfs writes all there is before it returns, and says if that failed. It does not on network, FUSE and
-# overlay file systems, or with a kernel before 5.8.
-_WHOLE_FILESYSTEMS = frozenset({"ext4", "xfs"})
-_MIN_KERNEL = (5, 8)
-# syncfs also waits for what others have written. Once it took so long, it is left alone for a while.
+# On these, syncfs writes all there is before it returns, and says if that failed: not on network, FUSE and overlay file
+# systems, and not with a kernel before 5.17, which tells of data that was not written but of no journal that failed.
+_WHOLE_FILESYSTEMS = frozenset({b"ext4", b"xfs"})
+_MIN_KERNEL = (5, 17)
+_MOUNTS = "/proc/self/mountinfo"
+# syncfs also waits for what others have written: for so much at most.
+_MAX_DIRTY_BYTES = 64 * 2**20
+# Once it took so long all the same, or failed, it is left alone for a while.
 _SLOW_S, _SLOW_S_PER_FILE = 0.5, 0.005
 _LEAVE_ALONE_S = 600.0
 
@@ -61,6 +65,10 @@ def temporary_files(path: Path) -> list[Path]:
     return list(path.parent.glob(f".{path.name}.*.tmp"))
 
 
+class _SyncFailedError(OSError):
+    """A sync of the whole file system failed."""
+
+
 class SyncedFolders:
     """Writes many files below one root at a time; a file that is there already is complete and is left alone.
 
@@ -86,16 +94,21 @@ class SyncedFolders:
         if not self._root.exists():
             self._root.mkdir(parents=True, exist_ok=True)
             sync_folder(self._root.parent)
+        written: dict[Path, Path] = {}
         if len(files) > 1 and self._clock() >= self._left_alone_until and _syncs_as_a_whole(self._root):
-            self._write_together(files)
-        else:
-            self._write_each(files)
+            try:
+                self._write_together(files, written)
+                return
+            except _SyncFailedError:
+                # Perhaps of another file, on a file system that fails here and there: of ours each will tell.
+                self._left_alone_until = self._clock() + _LEAVE_ALONE_S
+        self._write_each(files, written)
 
-    def _write_together(self, files: Collection[tuple[Path, bytes]]) -> None:
-        temporaries: dict[Path, Path] = {}
+    def _write_together(self, files: Collection[tuple[Path, bytes]], temporaries: dict[Path, Path]) -> None:
+        """Fills `temporaries` with what it writes."""
         start = self._clock()
         try:
-            # Opened before anything is written: it is told of failures from then on.
+            # Opened before anything is written: it is told of what fails from then on.
             with _opened(self._root) as descriptor:
                 for path, data in files:
                     if path not in temporaries and not path.exists():
@@ -107,6 +120,9 @@ class SyncedFolders:
                     os.replace(temporary, path)
                 # Also where none is new: who renamed one that is there may not have synced its folder yet.
                 _syncfs(descriptor)
+            # syncfs says nothing of a file system that was shut down or made read-only meanwhile; this does.
+            with _opened(next(iter(files))[0]) as descriptor:
+                os.fsync(descriptor)
         except BaseException:
             for temporary in temporaries.values():
                 temporary.unlink(missing_ok=True)
@@ -114,19 +130,19 @@ class SyncedFolders:
         if self._clock() - start > _SLOW_S + _SLOW_S_PER_FILE * len(files):
             self._left_alone_until = self._clock() + _LEAVE_ALONE_S
 
-    def _write_each(self, files: Collection[tuple[Path, bytes]]) -> None:
+    def _write_each(self, files: Collection[tuple[Path, bytes]], again: Container[Path]) -> None:
         paths, contents = zip(*files, strict=True) if files else ((), ())
         # Writers wait for the disk, not for each other: 64 tiles take a third of the time in a row.
-        folders = set().union(*self._writers.map(self._write_one, paths, contents))
+        folders = set().union(*self._writers.map(self._write_one, paths, contents, [path in again for path in paths]))
         self._writers.map(sync_folder, list(folders))
 
-    def _write_one(self, path: Path, data: bytes) -> set[Path]:
-        """Writes one file; returns the folders still to be synced."""
+    def _write_one(self, path: Path, data: bytes, again: bool) -> set[Path]:
+        """Writes one file, if it is not there or was not synced; returns the folders still to be synced."""
         folders = {path.parent}
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             folders.add(path.parent.parent)
-        if not path.exists():
+        if again or not path.exists():
             write_synced(path, data)
         return folders
 
@@ -169,13 +185,22 @@ def _syncfs(descriptor: int) -> None:
     assert sync is not None, "asked for only where there is one"
     if sync(descriptor) != 0:
         error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+        raise _SyncFailedError(error, os.strerror(error))
 
 
 def _syncs_as_a_whole(folder: Path) -> bool:
     """Whether one sync of its file system makes everything below this folder durable."""
     device = os.stat(folder).st_dev
-    return _device_syncs_as_a_whole(os.major(device), os.minor(device))
+    return _device_syncs_as_a_whole(os.major(device), os.minor(device)) and _dirty_bytes() <= _MAX_DIRTY_BYTES
+
+
+def _dirty_bytes() -> int:
+    """What all processes of this machine have written that is not on a disk yet."""
+    with open("/proc/meminfo", "rb") as file:
+        kilobytes = {
+            line.split()[0]: int(line.split()[1]) for line in file if line.startswith((b"Dirty:", b"Writeback:"))
+        }
+    return 1024 * sum(kilobytes.values())
 
 
 @cache
@@ -183,12 +208,14 @@ def _device_syncs_as_a_whole(major: int, minor: int) -> bool:
     system = os.uname()
     if system.sysname != "Linux" or _libc_syncfs() is None:
         return False
-    if tuple(int(part) for part in system.release.split("-")[0].split(".")[:2]) < _MIN_KERNEL:
+    release = re.match(r"(\d+)\.(\d+)", system.release)
+    if release is None or (int(release[1]), int(release[2])) < _MIN_KERNEL:
         return False
-    with open("/proc/self/mountinfo") as file:
+    # Bytes: a mount point need not be text.
+    with open(_MOUNTS, "rb") as file:
         for line in file:
             # proc(5): id, parent, major:minor, root, mount point, options, optional fields, "-", type, ...
-            fields = line.split()
-            if fields[2] == f"{major}:{minor}":
-                return fields[fields.index("-") + 1] in _WHOLE_FILESYSTEMS
+            before, _, after = line.partition(b" - ")
+            if before.split()[2] == f"{major}:{minor}".encode():
+                return after.split()[0] in _WHOLE_FILESYSTEMS
     return False

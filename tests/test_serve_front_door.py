@@ -35,6 +35,15 @@ def nodes(reference):
     return LocalScorer(reference), LocalFusion(reference)
 
 
+def wait_for(condition, seconds=10.0):
+    async def look():
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    asyncio.run(look())
+
+
 class Replica:
     """The HTTP server of a replica: our middleware, as Serve puts it around its own handling, and the application."""
 
@@ -208,10 +217,28 @@ def test_what_fails_at_the_door_is_answered_and_logged_without_what_it_said(make
     assert failing.figures.values(PROBLEMS, "/v1/predict", "500", "internal_error") == [1]
 
 
-def wait_for(condition, seconds=10.0):
-    async def look():
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.01)
+@pytest.mark.parametrize(
+    "path", ["/v1/predict%0A", "/v1/predict%0a", "/healthz%0A", "/v1/predict%00", "/v1/predict%7F"]
+)
+def test_a_path_that_a_route_would_take_for_another_is_not_found(make, path):
+    """Starlette's routes overlook a line break at the end, and the tables of the guards do not."""
+    replica = make()
 
-    asyncio.run(look())
+    async def scenario(client):
+        return await client.request("GET" if "health" in path else "POST", path)
+
+    for app in (replica.server, replica.api):
+        answer = replica.run(scenario, app)
+        assert answer.status_code == 404 and answer.json()["error"] == "not_found"
+
+
+def test_a_client_that_has_gone_is_no_problem(make):
+    """Serve answers it 499, which nobody reads."""
+    replica = make()
+
+    async def gone(scope, receive, send):
+        await send({"type": "http.response.start", "status": 499, "headers": []})
+        await send({"type": "http.response.body", "body": b"gone"})
+
+    assert replica.run(predict, _apply_middlewares(gone, http_middlewares())).status_code == 499
+    assert replica.figures.labels(PROBLEMS) == set()

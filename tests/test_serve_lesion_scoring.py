@@ -35,6 +35,18 @@ def test_a_small_file_of_many_pixels_does_not_stop_the_event_loop(
     assert [not name.startswith("decode") for name in threads] == [on_the_loop]
 
 
+def test_a_photo_does_not_wait_for_the_tiles_of_others(tmp_path, dermray_home):
+    service = LocalService(served_bundle(tmp_path / "bundle"), dermray_home)
+    leave = threading.Event()
+    service.service.scoring._small_thread.submit(leave.wait, 50)
+    try:
+        with service.client as client:
+            answer = client.post("/v1/predict", files={"image": ("x", lesion_image(1, 1500, ".png"))})
+        assert answer.status_code == 200 and not leave.is_set()
+    finally:
+        leave.set()
+
+
 def test_large_pictures_are_decoded_beside_the_tiles_of_a_request_and_all_keep_their_places(
     tmp_path, dermray_home, monkeypatch
 ):

@@ -64,8 +64,8 @@ def test_files_have_their_names_only_once_their_content_is_on_disk(tmp_path, syn
     assert sorted(before.values()) == sorted(data for _, data in given)
     assert all(name.startswith(".") and name.endswith(".tmp") for name in before)
     assert after == {path.name: data for path, data in given}
-    # The root's own name; what is below is on disk with the file system.
-    assert syncs.synced == [tmp_path.name]
+    # The root's own name, and one that says whether the file system still takes anything.
+    assert syncs.synced == [tmp_path.name, "aa1"]
 
 
 def test_what_is_there_is_not_written_again_but_its_name_is_made_durable(tmp_path, syncs):
@@ -80,16 +80,52 @@ def test_what_is_there_is_not_written_again_but_its_name_is_made_durable(tmp_pat
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_sync_that_fails_is_told_and_leaves_no_temporary_file(tmp_path, syncs, failing):
+def test_where_a_sync_fails_each_file_is_written_and_synced_by_itself(tmp_path, syncs, failing):
+    """It may be another program's file that cannot be written. And what has its name already may not be durable."""
+
     def fail(number):
         if number == failing:
-            raise OSError(errno.EIO, "Input/output error")
+            raise synced_files._SyncFailedError(errno.EIO, "Input/output error")
 
     syncs.at = fail
+    given = files(tmp_path, "aa1", "bb1")
+    folders = SyncedFolders(tmp_path)
+    folders.write(given)
+    assert {name.split(".")[1] for name in syncs.synced if name.endswith(".tmp")} == {"aa1", "bb1"}
+    assert names(tmp_path) == ["aa1", "bb1"]
+    folders.write(files(tmp_path, "cc1", "cc2"))
+    assert len(syncs.states) == failing and names(tmp_path)[-2:] == ["cc1", "cc2"]
+
+
+def test_files_that_cannot_be_synced_either_way_are_told_and_leave_no_temporary_file(tmp_path, syncs, monkeypatch):
+    def fail(_):
+        raise synced_files._SyncFailedError(errno.EIO, "Input/output error")
+
+    syncs.at = fail
+    monkeypatch.setattr(synced_files.os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         SyncedFolders(tmp_path).write(files(tmp_path, "aa1", "bb1"))
-    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
-    assert names(tmp_path) == ([] if failing == 1 else ["aa1", "bb1"])
+    assert names(tmp_path) == []
+
+
+def test_a_file_system_that_was_made_read_only_meanwhile_is_told(tmp_path, syncs, monkeypatch):
+    """syncfs succeeds there, having nothing to do."""
+
+    def read_only(descriptor):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(synced_files.os, "fsync", read_only)
+    with pytest.raises(OSError, match="Read-only"):
+        SyncedFolders(tmp_path).write(files(tmp_path, "aa1", "bb1"))
+    assert len(syncs.states) == 2
+
+
+def test_what_others_have_written_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(synced_files, "_device_syncs_as_a_whole", lambda *_: True)
+    assert synced_files._dirty_bytes() > 0
+    for dirty, waits in ((2**20, True), (2**30, False)):
+        monkeypatch.setattr(synced_files, "_dirty_bytes", lambda dirty=dirty: dirty)
+        assert synced_files._syncs_as_a_whole(tmp_path) is waits
 
 
 def test_a_disk_that_is_full_at_the_third_leaves_nothing(tmp_path, syncs, monkeypatch):
@@ -172,6 +208,26 @@ def test_a_memory_file_system_or_an_old_kernel_is_not_synced_as_a_whole(monkeypa
     assert not check(os.major(device), os.minor(device))
     monkeypatch.setattr(synced_files.os, "uname", lambda: SimpleNamespace(sysname="Darwin", release="24.1.0"))
     assert not check(os.major(device), os.minor(device))
+    monkeypatch.setattr(synced_files.os, "uname", lambda: SimpleNamespace(sysname="Linux", release="unknown"))
+    assert not check(os.major(device), os.minor(device))
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "whole"), [(b"ext4", True), (b"xfs", True), (b"overlay", False), (b"nfs4", False)]
+)
+def test_the_file_system_is_that_of_the_mount(tmp_path, monkeypatch, filesystem, whole):
+    """Mount points are any bytes, and optional fields come before the dash."""
+    lines = [
+        b"22 27 0:21 / /proc rw - proc proc rw",
+        b"30 27 8:2 / /media/Disque\xe9\\040- rw shared:1 master:2 - btrfs /dev/b rw",
+        b"31 27 8:1 / /srv rw,relatime shared:3 - " + filesystem + b" /dev/a rw",
+    ]
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"\n".join(lines) + b"\n")
+    monkeypatch.setattr(synced_files, "_MOUNTS", str(table))
+    monkeypatch.setattr(synced_files.os, "uname", lambda: SimpleNamespace(sysname="Linux", release="6.6+"))
+    assert synced_files._device_syncs_as_a_whole.__wrapped__(8, 1) is whole
+    assert not synced_files._device_syncs_as_a_whole.__wrapped__(8, 7)
 
 
 def test_what_interrupted_writes_left_is_found(tmp_path):
