@@ -109,7 +109,7 @@ def prepare_replicas(model: ModelReference, timeout_s: float) -> None:
             if reason is not None:
                 raise ValueError(f"{node}: {reason}")
     except BaseException:
-        _drop_prepared()
+        drop_prepared()
         raise
 
 
@@ -133,7 +133,8 @@ def _prepare_node(node: str, model: ModelReference, deadline: float) -> str | No
     return _words(failed[0]) if isinstance(failed[0], Exception) else failed[0]
 
 
-def _drop_prepared() -> None:
+def drop_prepared() -> None:
+    """Has every replica free what `prepare_replicas` had it load."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_jobs.job import say
-from ray_jobs.model_swap import Deployed, all_replicas_hold, prepare_replicas
+from ray_jobs.model_swap import Deployed, all_replicas_hold, drop_prepared, prepare_replicas
 from serve.settings import APP_NAME, ServeSettings
 from serve.shadow_settings import ShadowReference
 
@@ -54,9 +54,15 @@ class Rollout:
                 delete_shadow(shadow.app_name)
             raise
 
-    def deploy_or_put_back(self, wanted: Deployed, previous: Deployed | None) -> None:
+    def deploy_or_put_back(
+        self, wanted: Deployed, previous: Deployed | None, upgrade_store: Callable[[], bool]
+    ) -> None:
         """Deploys; a service that does not take the model, or the settings, gets back what it had. Shadows that are not
         wanted any more end.
+
+        Args:
+            upgrade_store: called when nothing is left that could refuse, and before the service changes; returns
+                whether it made the store one that older releases do not open any more.
 
         Raises:
             ValueError: why nothing changed; or that what was there before could not be put back either.
@@ -65,13 +71,16 @@ class Rollout:
         what = f"model version {model.version} from {model.bundle_uri}"
         # Replicas of another release may not know this bundle's format; they are replaced anyway.
         same_release = previous is not None and previous.settings.runtime_env == wanted.settings.runtime_env
-        if previous is not None and previous.model != model and same_release:
-            say(f"{what}: loading it beside version {previous.model.version} on every replica")
-            try:
+        prepared = previous is not None and previous.model != model and same_release
+        try:
+            if prepared:
+                say(f"{what}: loading it beside version {previous.model.version} on every replica")
                 prepare_replicas(model, self.ready_timeout_s)
-            except ValueError as error:
-                _end_shadows(but=previous.shadow)
-                raise ValueError(f"{what} is not served: {error}; version {previous.model.version} goes on") from error
+            upgraded = self._upgraded(upgrade_store, prepared)
+        except ValueError as error:
+            goes_on = "" if previous is None else f"; version {previous.model.version} goes on"
+            _end_shadows(but=None if previous is None else previous.shadow)
+            raise ValueError(f"{what} is not served: {error}{goes_on}") from error
         say(f"deploying {what}")
         try:
             self._deploy(wanted)
@@ -87,9 +96,19 @@ class Rollout:
                 raise ValueError(
                     f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
                 ) from error
-            raise ValueError(
-                f"{what} is not served: {error}; version {previous.model.version} answers again"
-            ) from error
+            outcome = f"version {previous.model.version} answers again"
+            if upgraded and not same_release:
+                outcome += ", but new replicas of its release cannot open the store, which was upgraded"
+            raise ValueError(f"{what} is not served: {error}; {outcome}") from error
+
+    @staticmethod
+    def _upgraded(upgrade_store: Callable[[], bool], prepared: bool) -> bool:
+        try:
+            return upgrade_store()
+        except BaseException:
+            if prepared:
+                drop_prepared()
+            raise
 
     def _deploy(self, wanted: Deployed) -> None:
         from ray.serve.api import RunTarget, run_many

@@ -22,7 +22,9 @@ class Cluster:
 
     def __init__(self, monkeypatch):
         self.done, self.cannot_prepare, self.cannot_deploy = [], {}, {}
+        self.upgrades, self.cannot_upgrade = False, None
         monkeypatch.setattr(service_rollout, "prepare_replicas", self.prepare)
+        monkeypatch.setattr(service_rollout, "drop_prepared", lambda: self.done.append("drop prepared"))
         monkeypatch.setattr(service_rollout, "_end_shadows", self.end_shadows)
         monkeypatch.setattr(Rollout, "_deploy", lambda _, wanted: self.deploy(wanted))
 
@@ -30,6 +32,12 @@ class Cluster:
         self.done.append(("prepare", model.version))
         if model.version in self.cannot_prepare:
             raise ValueError(self.cannot_prepare[model.version])
+
+    def upgrade_store(self):
+        self.done.append("store")
+        if self.cannot_upgrade:
+            raise ValueError(self.cannot_upgrade)
+        return self.upgrades
 
     def deploy(self, wanted):
         self.done.append((wanted.settings.scorer.max_replicas, wanted.model.version))
@@ -46,7 +54,7 @@ def cluster(monkeypatch):
 
 
 @pytest.fixture
-def swap(dermray_home):
+def swap(cluster, dermray_home):
     """Deploys version 2 with 3 replicas where version 1 runs with 2, or whatever `previous` says."""
     release = dermray_home / "releases" / "x.zip"
     config = DeployServiceConfig(scorer={"max_replicas": 3})
@@ -54,14 +62,14 @@ def swap(dermray_home):
 
     def deploy(previous=old):
         wanted = Deployed(serve_settings(config, release), reference("2"))
-        Rollout("http://127.0.0.1:1", 180).deploy_or_put_back(wanted, previous)
+        Rollout("http://127.0.0.1:1", 180).deploy_or_put_back(wanted, previous, cluster.upgrade_store)
 
     return deploy
 
 
 def test_a_model_is_prepared_before_it_is_deployed(cluster, swap):
     swap()
-    assert cluster.done == [("prepare", "2"), (3, "2")]
+    assert cluster.done == [("prepare", "2"), "store", (3, "2")]
 
 
 def test_a_model_that_a_replica_cannot_load_is_not_deployed(cluster, swap):
@@ -73,11 +81,33 @@ def test_a_model_that_a_replica_cannot_load_is_not_deployed(cluster, swap):
     assert cluster.done == [("prepare", "2"), ("shadows but", None)]
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_store_that_cannot_be_upgraded_leaves_the_service_as_it_was(cluster, swap, running):
+    cluster.cannot_upgrade = "store_url: disk full"
+    goes_on = "; version 1 goes on" if running else ""
+    with pytest.raises(ValueError, match=f"^model version 2 from /bundles/2 is not served: .*disk full{goes_on}$"):
+        swap(**({} if running else {"previous": None}))
+    before = [("prepare", "2"), "store", "drop prepared"] if running else ["store"]
+    assert cluster.done == [*before, ("shadows but", None)]
+
+
+@pytest.mark.parametrize("upgrades", [True, False])
+def test_of_an_older_release_that_is_put_back_it_says_that_the_store_was_upgraded(
+    cluster, swap, dermray_home, upgrades
+):
+    """Its replicas that start anew refuse the store, while readiness says that they spool."""
+    cluster.cannot_deploy["2"], cluster.upgrades = "refused", upgrades
+    older = serve_settings(DeployServiceConfig(), dermray_home / "releases" / "older.zip")
+    expected = "version 1 answers again" + (", but new replicas of .* cannot open the store.*" if upgrades else "")
+    with pytest.raises(ValueError, match=f"refused; {expected}$"):
+        swap(previous=Deployed(older, reference("1")))
+
+
 def test_what_was_there_before_is_put_back_with_its_settings(cluster, swap):
     cluster.cannot_deploy["2"] = "the service was not ready in 180 s"
     with pytest.raises(ValueError, match="^model version 2 from .* not ready in 180 s; version 1 answers again$"):
         swap()
-    assert cluster.done == [("prepare", "2"), (3, "2"), (2, "1")]
+    assert cluster.done == [("prepare", "2"), "store", (3, "2"), (2, "1")]
 
 
 def test_when_nothing_can_be_put_back_the_line_has_both_reasons(cluster, swap):
@@ -90,13 +120,13 @@ def test_a_first_deploy_has_nothing_to_put_back_and_leaves_no_shadow(cluster, sw
     cluster.cannot_deploy["2"] = "refused"
     with pytest.raises(ValueError, match="^refused$"):
         swap(previous=None)
-    assert cluster.done == [(3, "2"), ("shadows but", None)]
+    assert cluster.done == ["store", (3, "2"), ("shadows but", None)]
 
 
 def test_replicas_of_another_release_are_not_asked_to_load_the_model(cluster, swap, dermray_home):
     settings = serve_settings(DeployServiceConfig(), dermray_home / "releases" / "older.zip")
     swap(previous=Deployed(settings, reference("1")))
-    assert cluster.done == [(3, "2")]
+    assert cluster.done == ["store", (3, "2")]
 
 
 @pytest.mark.parametrize("unknown", [True, False])
@@ -125,4 +155,4 @@ def test_the_same_model_and_settings_are_not_put_back_for_themselves(cluster, sw
     same = serve_settings(DeployServiceConfig(scorer={"max_replicas": 3}), dermray_home / "releases" / "x.zip")
     with pytest.raises(ValueError, match="^refused$"):
         swap(previous=Deployed(same, reference("2")))
-    assert cluster.done == [(3, "2")]
+    assert cluster.done == ["store", (3, "2")]
