@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.schema import ApplicationStatus
 
 from ray_jobs import model_swap, service_rollout
 from ray_jobs.deploy_service import DeployServiceConfig, serve_settings
@@ -129,25 +133,81 @@ def test_replicas_of_another_release_are_not_asked_to_load_the_model(cluster, sw
     assert cluster.done == ["store", (3, "2")]
 
 
-@pytest.mark.parametrize("unknown", [True, False])
-def test_a_service_of_a_release_with_other_settings_is_not_put_back(monkeypatch, dermray_home, capsys, unknown):
+class FullService:
+    """Serve's handle of an HTTP node whose replicas are full: a call by its queue finds no place, and what is sent to
+    all of them is answered, or not, as told."""
+
+    def __init__(self, monkeypatch, *answers):
+        self.answers = list(answers)
+        applications = {APP_NAME: SimpleNamespace(status=ApplicationStatus.RUNNING)}
+        monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=applications))
+        monkeypatch.setattr(model_swap, "_handle", lambda *_: self)
+
+    def remote(self):
+        return SimpleNamespace(result=self.never)
+
+    def never(self, timeout_s):
+        raise TimeoutError("no replica has a place")
+
+    def broadcast(self, method):
+        if not self.answers:
+            raise DeploymentUnavailableError(DeploymentID("Ingress", APP_NAME))
+        return self
+
+    def results(self, timeout_s, return_exceptions):
+        return self.answers
+
+
+@pytest.fixture
+def deployed(dermray_home):
+    return Deployed(serve_settings(DeployServiceConfig(), dermray_home / "x.zip"), reference("1"))
+
+
+NOTHING_TO_PUT_BACK = r"warning: .* \(RUNNING\) .*\({}.*\); if this deploy fails, there is nothing to put back\n$"
+
+
+def test_a_full_service_says_what_it_serves(monkeypatch, deployed, capsys):
+    FullService(monkeypatch, deployed.told(), deployed.told())
+    assert running_service() == deployed
+    assert capsys.readouterr().err == ""
+
+
+def test_one_replica_that_answers_is_enough(monkeypatch, deployed):
+    FullService(monkeypatch, TimeoutError("hung"), deployed.told())
+    assert running_service() == deployed
+
+
+def test_where_no_service_runs_there_is_nothing_to_warn_of(monkeypatch, capsys):
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    assert running_service() is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [([TimeoutError("hung")] * 2, "TimeoutError: hung"), ([], "no replica of its HTTP node runs")],
+)
+def test_a_service_that_does_not_answer_can_be_replaced_and_the_log_says_at_what_risk(
+    monkeypatch, capsys, answers, reason
+):
+    FullService(monkeypatch, *answers)
+    assert running_service() is None
+    assert re.search(NOTHING_TO_PUT_BACK.format(reason), capsys.readouterr().err)
+
+
+def test_replicas_that_differ_are_not_put_back(monkeypatch, deployed, capsys):
+    FullService(monkeypatch, deployed.told(), Deployed(deployed.settings, reference("2")).told())
+    assert running_service() is None
+    assert re.search(NOTHING_TO_PUT_BACK.format(".*differ in model"), capsys.readouterr().err)
+
+
+def test_a_service_of_a_release_with_other_settings_is_not_put_back(monkeypatch, deployed, capsys):
     """Its replicas would refuse what they do not know."""
-    deployed = Deployed(serve_settings(DeployServiceConfig(), dermray_home / "x.zip"), reference("1"))
     told = deployed.told()
-    if unknown:
-        del told["settings"]["scorer"]["max_concurrent_batches"]
-
-    class Answer:
-        def remote(self):
-            return self
-
-        def result(self, timeout_s):
-            return told
-
-    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={APP_NAME: None}))
-    monkeypatch.setattr(model_swap, "_handle", lambda *_: Answer())
-    assert running_service() == (None if unknown else deployed)
-    assert ("release with other settings" in capsys.readouterr().err) == unknown
+    del told["settings"]["scorer"]["max_concurrent_batches"]
+    FullService(monkeypatch, told)
+    assert running_service() is None
+    assert re.search(NOTHING_TO_PUT_BACK.format("it is of a release with other settings"), capsys.readouterr().err)
 
 
 def test_the_same_model_and_settings_are_not_put_back_for_themselves(cluster, swap, dermray_home):
