@@ -41,17 +41,14 @@ class Rollout:
         Raises:
             ValueError: why it does not run; the service was not touched.
         """
-        from serve.shadow_model import delete_shadow, run_shadow
+        from serve.shadow_model import run_shadow
 
         say(f"starting shadow {shadow.model.version} from {shadow.model.bundle_uri}")
         run_shadow(settings, shadow)
         try:
             self._wait_until_running(shadow.app_name, "the shadow")
         except ValueError:
-            if previous is not None and previous.shadow is not None and previous.shadow.app_name == shadow.app_name:
-                run_shadow(previous.settings, previous.shadow)
-            else:
-                delete_shadow(shadow.app_name)
+            _take_back_shadow(shadow, previous)
             raise
 
     def deploy_or_put_back(
@@ -79,7 +76,7 @@ class Rollout:
             upgraded = self._upgraded(upgrade_store, prepared)
         except ValueError as error:
             goes_on = "" if previous is None else f"; version {previous.model.version} goes on"
-            _end_shadows(but=None if previous is None else previous.shadow)
+            _take_back_shadow(wanted.shadow, previous)
             raise ValueError(f"{what} is not served: {error}{goes_on}") from error
         say(f"deploying {what}")
         try:
@@ -91,15 +88,16 @@ class Rollout:
                 raise
             say(f"{error}; putting back version {previous.model.version} and its settings")
             try:
-                self._deploy(previous)
+                missing = self._put_back(previous, wanted.shadow)
             except ValueError as second:
                 raise ValueError(
                     f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
                 ) from error
-            outcome = f"version {previous.model.version} answers again"
             if upgraded and not same_release:
-                outcome += ", but new replicas of its release cannot open the store, which was upgraded"
-            raise ValueError(f"{what} is not served: {error}; {outcome}") from error
+                missing = f", but new replicas of its release cannot open the store, which was upgraded{missing}"
+            raise ValueError(
+                f"{what} is not served: {error}; version {previous.model.version} answers again{missing}"
+            ) from error
 
     @staticmethod
     def _upgraded(upgrade_store: Callable[[], bool], prepared: bool) -> bool:
@@ -109,6 +107,24 @@ class Rollout:
             if prepared:
                 drop_prepared()
             raise
+
+    def _put_back(self, previous: Deployed, started: ShadowReference | None) -> str:
+        """Deploys what was there before; `started` is the failed deploy's shadow. Returns what is not as it was.
+
+        Raises:
+            ValueError: see `wait_until_ready`.
+        """
+        changed = started is not None and _same_app(started, previous.shadow)
+        if changed:
+            # First, since it may hold the room that the service's own nodes need.
+            _take_back_shadow(started, previous)
+        self._deploy(previous)
+        if changed:
+            try:
+                self._wait_until_running(previous.shadow.app_name, "its shadow")
+            except ValueError as error:
+                return f", but {error}"
+        return ""
 
     def _deploy(self, wanted: Deployed) -> None:
         from ray.serve.api import RunTarget, run_many
@@ -163,6 +179,23 @@ class Rollout:
                     state = f"is {application.status.value}: {_reason(application, name)}"
                 raise ValueError(f"{what} was not ready in {self.ready_timeout_s:g} s; it {state}")
             time.sleep(_POLL_S)
+
+
+def _take_back_shadow(started: ShadowReference | None, previous: Deployed | None) -> None:
+    """Ends what `start_shadow` started; where it changed the shadow that the service had, of the same bundle, that gets
+    its settings, its room and its release back. Returns before that runs."""
+    from serve.shadow_model import delete_shadow, run_shadow
+
+    if started is None:
+        return
+    if previous is not None and _same_app(started, previous.shadow):
+        run_shadow(previous.settings, previous.shadow)
+    else:
+        delete_shadow(started.app_name)
+
+
+def _same_app(shadow: ShadowReference, other: ShadowReference | None) -> bool:
+    return other is not None and shadow.app_name == other.app_name
 
 
 def _end_shadows(but: ShadowReference | None) -> None:

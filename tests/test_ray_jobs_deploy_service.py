@@ -269,7 +269,7 @@ def test_a_deploy_that_is_refused_leaves_the_store_to_the_release_that_runs(
     running = Deployed(serve_settings(DeployServiceConfig(), write_release(REPO_ROOT, dermray_home / "releases")), ONE)
     monkeypatch.setattr(deploy_service, "running_service", lambda: running)
     monkeypatch.setattr(Rollout, "start_shadow", lambda *_: None)
-    monkeypatch.setattr(service_rollout, "_end_shadows", lambda but: None)
+    monkeypatch.setattr(service_rollout, "_take_back_shadow", lambda *_: None)
     if refusal == "keys":
         config["access"] = {"require_keys": True}
     elif refusal == "shadow":

@@ -14,7 +14,9 @@ from ray_jobs import model_swap, service_rollout
 from ray_jobs.deploy_service import DeployServiceConfig, serve_settings
 from ray_jobs.model_swap import Deployed, running_service
 from ray_jobs.service_rollout import Rollout
+from serve import shadow_model
 from serve.settings import APP_NAME, ModelReference
+from serve.shadow_settings import ShadowReference, ShadowSettings
 
 
 def reference(version):
@@ -26,11 +28,16 @@ class Cluster:
 
     def __init__(self, monkeypatch):
         self.done, self.cannot_prepare, self.cannot_deploy = [], {}, {}
-        self.upgrades, self.cannot_upgrade = False, None
+        self.upgrades, self.cannot_upgrade, self.too_many_cpus = False, None, None
         monkeypatch.setattr(service_rollout, "prepare_replicas", self.prepare)
         monkeypatch.setattr(service_rollout, "drop_prepared", lambda: self.done.append("drop prepared"))
         monkeypatch.setattr(service_rollout, "_end_shadows", self.end_shadows)
         monkeypatch.setattr(Rollout, "_deploy", lambda _, wanted: self.deploy(wanted))
+        # What each shadow's application was last run with, and its state.
+        self.shadows, self.states = {}, {}
+        monkeypatch.setattr(shadow_model, "run_shadow", self.run_shadow)
+        monkeypatch.setattr(shadow_model, "delete_shadow", lambda name: self.shadows.pop(name, None))
+        monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications=self.states))
 
     def prepare(self, model, timeout_s):
         self.done.append(("prepare", model.version))
@@ -47,6 +54,15 @@ class Cluster:
         self.done.append((wanted.settings.scorer.max_replicas, wanted.model.version))
         if wanted.model.version in self.cannot_deploy:
             raise ValueError(self.cannot_deploy[wanted.model.version])
+
+    def run_shadow(self, settings, shadow):
+        self.shadows[shadow.app_name] = settings, shadow
+        failed = shadow.settings.num_cpus == self.too_many_cpus
+        self.states[shadow.app_name] = SimpleNamespace(
+            status=ApplicationStatus.DEPLOY_FAILED if failed else ApplicationStatus.RUNNING,
+            deployments={},
+            message="no room",
+        )
 
     def end_shadows(self, but):
         self.done.append(("shadows but", but))
@@ -81,8 +97,7 @@ def test_a_model_that_a_replica_cannot_load_is_not_deployed(cluster, swap):
     expected = "model version 2 from /bundles/2 is not served: ImageScorer: MemoryError: 4 GB; version 1 goes on"
     with pytest.raises(ValueError, match=f"^{expected}$"):
         swap()
-    # A shadow that was started for this deploy has nothing to copy.
-    assert cluster.done == [("prepare", "2"), ("shadows but", None)]
+    assert cluster.done == [("prepare", "2")]
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -91,8 +106,7 @@ def test_a_store_that_cannot_be_upgraded_leaves_the_service_as_it_was(cluster, s
     goes_on = "; version 1 goes on" if running else ""
     with pytest.raises(ValueError, match=f"^model version 2 from /bundles/2 is not served: .*disk full{goes_on}$"):
         swap(**({} if running else {"previous": None}))
-    before = [("prepare", "2"), "store", "drop prepared"] if running else ["store"]
-    assert cluster.done == [*before, ("shadows but", None)]
+    assert cluster.done == ([("prepare", "2"), "store", "drop prepared"] if running else ["store"])
 
 
 @pytest.mark.parametrize("upgrades", [True, False])
@@ -131,6 +145,69 @@ def test_replicas_of_another_release_are_not_asked_to_load_the_model(cluster, sw
     settings = serve_settings(DeployServiceConfig(), dermray_home / "releases" / "older.zip")
     swap(previous=Deployed(settings, reference("1")))
     assert cluster.done == ["store", (3, "2")]
+
+
+@pytest.fixture
+def shadow_swap(cluster, dermray_home):
+    """Deploys version 2 with a shadow that takes one CPU, where version 1 runs and the shadow "a" takes half of one."""
+    release = dermray_home / "releases" / "x.zip"
+
+    def shadow(version, num_cpus):
+        model = ModelReference(bundle_uri=f"/bundles/{version}", sha256=version * 64, version=version)
+        return ShadowReference(model=model, settings=ShadowSettings(num_cpus=num_cpus, niceness=5))
+
+    def deployed(max_replicas, *models):
+        return Deployed(serve_settings(DeployServiceConfig(scorer={"max_replicas": max_replicas}), release), *models)
+
+    old = deployed(2, reference("1"), shadow("a", 0.5))
+    cluster.run_shadow(old.settings, old.shadow)
+
+    def deploy(challenger):
+        wanted = deployed(3, reference("2"), shadow(challenger, 1.0))
+        rollout = Rollout("http://127.0.0.1:1", 180)
+        rollout.start_shadow(wanted.settings, wanted.shadow, old)
+        rollout.deploy_or_put_back(wanted, old, cluster.upgrade_store)
+
+    deploy.before = {old.shadow.app_name: (old.settings, old.shadow)}
+    return deploy
+
+
+@pytest.mark.parametrize("challenger", ["a", "b"])
+@pytest.mark.parametrize("fault", ["shadow", "prepare", "store"])
+def test_a_deploy_that_is_refused_leaves_the_shadow_with_the_settings_it_had(cluster, shadow_swap, challenger, fault):
+    if fault == "shadow":
+        cluster.too_many_cpus = 1.0
+    elif fault == "prepare":
+        cluster.cannot_prepare["2"] = "refused"
+    else:
+        cluster.cannot_upgrade = "refused"
+    with pytest.raises(ValueError, match="the shadow did not start" if fault == "shadow" else "refused"):
+        shadow_swap(challenger)
+    assert cluster.shadows == shadow_swap.before
+
+
+def test_a_shadow_of_the_same_bundle_gets_back_its_settings_with_the_service(cluster, shadow_swap):
+    cluster.cannot_deploy["2"] = "refused"
+    with pytest.raises(ValueError, match="refused; version 1 answers again$"):
+        shadow_swap("a")
+    assert cluster.shadows == shadow_swap.before
+    assert cluster.done[-1] == (2, "1")
+
+
+def test_a_shadow_of_another_bundle_is_left_alone_until_the_service_is_back(cluster, shadow_swap):
+    """Then all shadows end but the old one, whose copies nothing interrupted."""
+    cluster.cannot_deploy["2"] = "refused"
+    (before,) = cluster.shadows.values()
+    with pytest.raises(ValueError, match="refused; version 1 answers again$"):
+        shadow_swap("b")
+    assert len(cluster.shadows) == 2 and before in cluster.shadows.values()
+
+
+def test_a_shadow_that_does_not_come_back_is_told_of(cluster, shadow_swap):
+    cluster.cannot_deploy["2"], cluster.too_many_cpus = "refused", 0.5
+    expected = "refused; version 1 answers again, but its shadow did not start: .*no room$"
+    with pytest.raises(ValueError, match=expected):
+        shadow_swap("a")
 
 
 class FullService:
