@@ -25,6 +25,7 @@ from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_ho
 from ray_jobs.model_swap import Deployed, running_service
 from ray_jobs.service_rollout import Rollout
 from ray_jobs.service_room import check_room
+from ray_jobs.service_store import check_store, upgrade_store
 from serve.image_scorer import ImageScorerLogic
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.release import write_release
@@ -42,8 +43,6 @@ from serve.settings import (
     UploadLimits,
 )
 from serve.shadow_settings import ShadowReference, ShadowSettings
-from store.api_keys import list_api_keys
-from store.database import StoreUnavailableError, open_store
 
 
 class DeployServiceConfig(JobConfig):
@@ -192,24 +191,6 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
     )
 
 
-def check_store(config: DeployServiceConfig) -> None:
-    """Opens the store, making it where there is none, and looks whether someone could call the service.
-
-    Raises:
-        ValueError: no store, or keys are required and there is no live one.
-    """
-    try:
-        store = open_store(config.store_url)
-        if config.access.require_keys and not list_api_keys(store, live_only=True):
-            raise ValueError(
-                "access.require_keys: the store has no live API key; make one with "
-                "python -m ray_jobs.manage_api_keys --action create --name NAME --role ROLE --actor YOU"
-            )
-        store.close()
-    except StoreUnavailableError as error:
-        raise ValueError(f"store_url: {error}") from error
-
-
 def connect(runtime_env: dict[str, Any] | None) -> None:
     """Connects to the cluster that shall run the service.
 
@@ -263,13 +244,16 @@ def start_serve(config: DeployServiceConfig) -> None:
 
 
 def run(config: DeployServiceConfig) -> dict[str, Any]:
-    """Deploys; returns where the service answers and which model."""
+    """Deploys; returns where the service answers and which model.
+
+    What can be refused is refused first, and the store is upgraded only when all that can be known beforehand is well.
+    """
     model = resolve_model(config)
     shadow = resolve_shadow(config, model)
     load_once(model, config.scorer)
     if shadow is not None:
         load_once(shadow.model, config.scorer.model_copy(update={"num_gpus": shadow.settings.num_gpus}))
-    check_store(config)
+    check_store(config.store_url, config.access.require_keys)
     ensure_patient_key(Path(config.patient_key_file))
     release = write_release(REPO_ROOT, Path(config.releases))
     settings = serve_settings(config, release)
@@ -281,7 +265,7 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     rollout, previous = Rollout(config.url, config.ready_timeout_s), running_service()
     if shadow is not None:
         rollout.start_shadow(settings, shadow, previous)
-    rollout.deploy_or_put_back(Deployed(settings, model, shadow), previous)
+    rollout.deploy_or_put_back(Deployed(settings, model, shadow), previous, lambda: upgrade_store(config.store_url))
     card = rollout.model_card() or {}
     return {
         "url": config.url,

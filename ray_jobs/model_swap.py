@@ -66,34 +66,53 @@ def _words(error: Exception) -> str:
     from ray.exceptions import RayActorError
 
     if isinstance(error, RayActorError):
-        return "a replica died while it loaded the bundle"
+        return "a replica died before it answered"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:500] if lines else 'no message'}"
 
 
 def running_service() -> Deployed | None:
-    """What the service of this cluster runs with; None where there is none, or it does not say."""
+    """What the service of this cluster runs with; None where there is none, or where it cannot be put back, because it
+    does not say, or is of a release with other settings: a warning then tells so before anything changes.
+
+    All ingress replicas are asked at once and one answer is enough. A call through a handle would be turned away by
+    full replicas for as long as the service is overloaded; these calls stand in line behind what was there before.
+    """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    if APP_NAME not in serve.status().applications:
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
         return None
     try:
-        found = _handle("Ingress", "deployed").remote().result(timeout_s=_ANSWER_S)
-        deployed = Deployed(
-            ServeSettings.model_validate(found["settings"]),
-            ModelReference.model_validate(found["model"]),
-            None if found["shadow"] is None else ShadowReference.model_validate(found["shadow"]),
+        return _read(_ask_all("Ingress", "deployed", timeout_s=_ANSWER_S))
+    except (RayError, RayServeException, TimeoutError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) if type(error) is ValueError else _words(error)
+        say(
+            f"warning: the service that is there ({application.status.value}) does not say what it serves ({reason}); "
+            "if this deploy fails, there is nothing to put back"
         )
-        if deployed.told() != found:
-            # Its replicas would refuse the fields that they do not know.
-            raise ValueError("it is of a release with other settings")
-        return deployed
-    except (RayError, RayServeException, TimeoutError, ValueError, KeyError) as error:
-        # Down, still starting, or of another release.
-        say(f"the service that is there does not say what it serves, so it could not be put back: {_words(error)}")
         return None
+
+
+def _read(answers: list[Any]) -> Deployed:
+    """What the ingress replicas run with, by their answers to `deployed`, some of which may be exceptions."""
+    told = [answer for answer in answers if not isinstance(answer, Exception)]
+    if not told:
+        raise ValueError(_words(answers[0]) if answers else "no replica of its HTTP node runs")
+    if any(answer != told[0] for answer in told):
+        raise ValueError("its HTTP node's replicas differ in model or settings")
+    found = told[0]
+    deployed = Deployed(
+        ServeSettings.model_validate(found["settings"]),
+        ModelReference.model_validate(found["model"]),
+        None if found["shadow"] is None else ShadowReference.model_validate(found["shadow"]),
+    )
+    if deployed.told() != found:
+        # Its replicas would refuse the fields that they do not know.
+        raise ValueError("it is of a release with other settings")
+    return deployed
 
 
 def prepare_replicas(model: ModelReference, timeout_s: float) -> None:
@@ -109,7 +128,7 @@ def prepare_replicas(model: ModelReference, timeout_s: float) -> None:
             if reason is not None:
                 raise ValueError(f"{node}: {reason}")
     except BaseException:
-        _drop_prepared()
+        drop_prepared()
         raise
 
 
@@ -133,7 +152,8 @@ def _prepare_node(node: str, model: ModelReference, deadline: float) -> str | No
     return _words(failed[0]) if isinstance(failed[0], Exception) else failed[0]
 
 
-def _drop_prepared() -> None:
+def drop_prepared() -> None:
+    """Has every replica free what `prepare_replicas` had it load."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 

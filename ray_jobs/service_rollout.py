@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_jobs.job import say
-from ray_jobs.model_swap import Deployed, all_replicas_hold, prepare_replicas
+from ray_jobs.model_swap import Deployed, all_replicas_hold, drop_prepared, prepare_replicas
 from serve.settings import APP_NAME, ServeSettings
 from serve.shadow_settings import ShadowReference
 
@@ -41,22 +41,25 @@ class Rollout:
         Raises:
             ValueError: why it does not run; the service was not touched.
         """
-        from serve.shadow_model import delete_shadow, run_shadow
+        from serve.shadow_model import run_shadow
 
         say(f"starting shadow {shadow.model.version} from {shadow.model.bundle_uri}")
         run_shadow(settings, shadow)
         try:
             self._wait_until_running(shadow.app_name, "the shadow")
         except ValueError:
-            if previous is not None and previous.shadow is not None and previous.shadow.app_name == shadow.app_name:
-                run_shadow(previous.settings, previous.shadow)
-            else:
-                delete_shadow(shadow.app_name)
+            _take_back_shadow(shadow, previous)
             raise
 
-    def deploy_or_put_back(self, wanted: Deployed, previous: Deployed | None) -> None:
+    def deploy_or_put_back(
+        self, wanted: Deployed, previous: Deployed | None, upgrade_store: Callable[[], bool]
+    ) -> None:
         """Deploys; a service that does not take the model, or the settings, gets back what it had. Shadows that are not
         wanted any more end.
+
+        Args:
+            upgrade_store: called when nothing is left that could refuse, and before the service changes; returns
+                whether it made the store one that older releases do not open any more.
 
         Raises:
             ValueError: why nothing changed; or that what was there before could not be put back either.
@@ -65,13 +68,16 @@ class Rollout:
         what = f"model version {model.version} from {model.bundle_uri}"
         # Replicas of another release may not know this bundle's format; they are replaced anyway.
         same_release = previous is not None and previous.settings.runtime_env == wanted.settings.runtime_env
-        if previous is not None and previous.model != model and same_release:
-            say(f"{what}: loading it beside version {previous.model.version} on every replica")
-            try:
+        prepared = previous is not None and previous.model != model and same_release
+        try:
+            if prepared:
+                say(f"{what}: loading it beside version {previous.model.version} on every replica")
                 prepare_replicas(model, self.ready_timeout_s)
-            except ValueError as error:
-                _end_shadows(but=previous.shadow)
-                raise ValueError(f"{what} is not served: {error}; version {previous.model.version} goes on") from error
+            upgraded = self._upgraded(upgrade_store, prepared)
+        except ValueError as error:
+            goes_on = "" if previous is None else f"; version {previous.model.version} goes on"
+            _take_back_shadow(wanted.shadow, previous)
+            raise ValueError(f"{what} is not served: {error}{goes_on}") from error
         say(f"deploying {what}")
         try:
             self._deploy(wanted)
@@ -82,14 +88,43 @@ class Rollout:
                 raise
             say(f"{error}; putting back version {previous.model.version} and its settings")
             try:
-                self._deploy(previous)
+                missing = self._put_back(previous, wanted.shadow)
             except ValueError as second:
                 raise ValueError(
                     f"{what} is not served: {error}; putting back version {previous.model.version} failed too: {second}"
                 ) from error
+            if upgraded and not same_release:
+                missing = f", but new replicas of its release cannot open the store, which was upgraded{missing}"
             raise ValueError(
-                f"{what} is not served: {error}; version {previous.model.version} answers again"
+                f"{what} is not served: {error}; version {previous.model.version} answers again{missing}"
             ) from error
+
+    @staticmethod
+    def _upgraded(upgrade_store: Callable[[], bool], prepared: bool) -> bool:
+        try:
+            return upgrade_store()
+        except BaseException:
+            if prepared:
+                drop_prepared()
+            raise
+
+    def _put_back(self, previous: Deployed, started: ShadowReference | None) -> str:
+        """Deploys what was there before; `started` is the failed deploy's shadow. Returns what is not as it was.
+
+        Raises:
+            ValueError: see `wait_until_ready`.
+        """
+        changed = started is not None and _same_app(started, previous.shadow)
+        if changed:
+            # First, since it may hold the room that the service's own nodes need.
+            _take_back_shadow(started, previous)
+        self._deploy(previous)
+        if changed:
+            try:
+                self._wait_until_running(previous.shadow.app_name, "its shadow")
+            except ValueError as error:
+                return f", but {error}"
+        return ""
 
     def _deploy(self, wanted: Deployed) -> None:
         from ray.serve.api import RunTarget, run_many
@@ -144,6 +179,23 @@ class Rollout:
                     state = f"is {application.status.value}: {_reason(application, name)}"
                 raise ValueError(f"{what} was not ready in {self.ready_timeout_s:g} s; it {state}")
             time.sleep(_POLL_S)
+
+
+def _take_back_shadow(started: ShadowReference | None, previous: Deployed | None) -> None:
+    """Ends what `start_shadow` started; where it changed the shadow that the service had, of the same bundle, that gets
+    its settings, its room and its release back. Returns before that runs."""
+    from serve.shadow_model import delete_shadow, run_shadow
+
+    if started is None:
+        return
+    if previous is not None and _same_app(started, previous.shadow):
+        run_shadow(previous.settings, previous.shadow)
+    else:
+        delete_shadow(started.app_name)
+
+
+def _same_app(shadow: ShadowReference, other: ShadowReference | None) -> bool:
+    return other is not None and shadow.app_name == other.app_name
 
 
 def _end_shadows(but: ShadowReference | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,33 +56,91 @@ def connect(url: str, create: bool = True) -> Engine:
             something else, or a store of a later release.
         sqlalchemy.exc.DBAPIError: the database does not answer.
     """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _connect_sqlite(parsed, url, create)
+    engine = _postgresql_engine(parsed)
+    with _disposed_on_error(engine), engine.begin() as connection:
+        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+        _create_or_check(connection, url)
+    return engine
+
+
+def connect_as_found(url: str) -> tuple[Engine, int] | None:
+    """An engine to read a store with, which is neither made nor brought up to date, and its schema version; None where
+    no store was made yet.
+
+    Raises:
+        ValueError, sqlalchemy.exc.DBAPIError: where `connect` would raise.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        path = _sqlite_path(parsed, url)
+        _check_writable(path, url)
+        if not path.exists():
+            return None
+        # Without the listeners of `connect`, which turn a file to WAL.
+        engine = sql.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+        refusal = _no_database(path)
+    else:
+        engine, refusal = _postgresql_engine(parsed), nullcontext()
+    with _disposed_on_error(engine), refusal, engine.connect() as connection:
+        version = _find_version(connection, url)
+    if version is None:
+        engine.dispose()
+        return None
+    return engine, version
+
+
+def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
     except exc.ArgumentError:
         raise ValueError(f"store_url is {url!r}; expected sqlite:///PATH or postgresql+psycopg://...") from None
     backend = parsed.get_backend_name()
-    if backend == "postgresql":
-        engine = sql.create_engine(
-            parsed.set(drivername="postgresql+psycopg"),
-            connect_args={name: value for name, value in _POSTGRESQL.items() if name not in parsed.query},
-            pool_timeout=_POOL_TIMEOUT_S,
-            pool_pre_ping=True,
-            # Without it an INSERT reports -1 rows, and no caller learns whether its row was new.
-            execution_options={"preserve_rowcount": True},
-        )
-        with _disposed_on_error(engine), engine.begin() as connection:
-            connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
-            _create_or_check(connection, url)
-        return engine
-    if backend != "sqlite":
+    if backend not in ("sqlite", "postgresql"):
         raise ValueError(f"store_url {url!r} names {backend}; expected sqlite or postgresql")
-    return _connect_sqlite(parsed, url, create)
+    return parsed
+
+
+def _postgresql_engine(parsed: URL) -> Engine:
+    return sql.create_engine(
+        parsed.set(drivername="postgresql+psycopg"),
+        connect_args={name: value for name, value in _POSTGRESQL.items() if name not in parsed.query},
+        pool_timeout=_POOL_TIMEOUT_S,
+        pool_pre_ping=True,
+        # Without it an INSERT reports -1 rows, and no caller learns whether its row was new.
+        execution_options={"preserve_rowcount": True},
+    )
+
+
+def _sqlite_path(parsed: URL, url: str) -> Path:
+    if not parsed.database or parsed.database == ":memory:" or not os.path.isabs(parsed.database):
+        raise ValueError(f"store_url {url!r} names no absolute file; expected sqlite:////absolute/path.db")
+    return Path(parsed.database)
+
+
+def _check_writable(path: Path, url: str) -> None:
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"store_url {url!r}: folder {path.parent} cannot be made: {folder} is no folder")
+    for place in (folder, path) if path.exists() else (folder,):
+        if not os.access(place, os.W_OK):
+            raise ValueError(f"store_url {url!r}: {place} cannot be written")
+
+
+@contextmanager
+def _no_database(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except exc.DatabaseError as error:
+        if "not a database" in str(error.orig):
+            raise ValueError(f"store {path} is not an SQLite database") from error
+        raise
 
 
 def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
-    if not parsed.database or parsed.database == ":memory:" or not os.path.isabs(parsed.database):
-        raise ValueError(f"store_url {url!r} names no absolute file; expected sqlite:////absolute/path.db")
-    path = Path(parsed.database)
+    path = _sqlite_path(parsed, url)
     if not create and not path.exists():
         raise ValueError(f"store {path} does not exist; the service makes it, or check store_url")
     try:
@@ -94,14 +152,9 @@ def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
     event.listen(engine, "begin", _begin_sqlite)
     # The switch to WAL does not always wait for the busy timeout (1 of 360 first openers met "database is locked"), so
     # openers go one by one.
-    with _disposed_on_error(engine), _file_lock(path.with_name(path.name + ".lock")):
-        try:
-            with engine.execution_options(dermray_write=True).begin() as connection:
-                _create_or_check(connection, url)
-        except exc.DatabaseError as error:
-            if "not a database" in str(error.orig):
-                raise ValueError(f"store {path} is not an SQLite database") from error
-            raise
+    with _disposed_on_error(engine), _file_lock(path.with_name(path.name + ".lock")), _no_database(path):
+        with engine.execution_options(dermray_write=True).begin() as connection:
+            _create_or_check(connection, url)
     return engine
 
 
@@ -148,19 +201,26 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _create_or_check(connection: Connection, url: str) -> None:
-    existing = set(sql.inspect(connection).get_table_names())
-    if not existing:
+    found = _find_version(connection, url)
+    if found is None:
         schema.create_all(connection)
         connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
-        return
+    elif found < SCHEMA_VERSION:
+        _upgrade(connection)
+
+
+def _find_version(connection: Connection, url: str) -> int | None:
+    """The schema version of a store that this release can use; None where the database is empty."""
+    existing = set(sql.inspect(connection).get_table_names())
+    if not existing:
+        return None
     name = make_url(url).render_as_string(hide_password=True)
     if schema_version.name not in existing:
         raise ValueError(f"store {name} holds other tables ({', '.join(sorted(existing)[:3])}, ...); expected a store")
     found = connection.execute(sql.select(sql.func.max(schema_version.c.version))).scalar()
     if found is None or found > SCHEMA_VERSION:
         raise ValueError(f"store {name} has schema version {found}; this release reads version {SCHEMA_VERSION}")
-    if found < SCHEMA_VERSION:
-        _upgrade(connection)
+    return found
 
 
 def _upgrade(connection: Connection) -> None:

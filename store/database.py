@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
 from store import audit_chain
-from store.connection import ADVISORY_LOCK, connect
+from store.connection import ADVISORY_LOCK, connect, connect_as_found
 from store.erased_patients import ROWS_ERASED, audit_subject, find_late, keep_erasures_out
 from store.shadow_records import is_shadow_id, with_champions
 from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
@@ -52,8 +52,26 @@ def open_store(url: str, create: bool = True) -> Store:
         ValueError: not a store, a store of a later release, or none there with `create=False`.
         StoreUnavailableError: the database does not answer.
     """
-    try:
+    with _openable(url):
         return Store(connect(url, create))
+
+
+def look_at_store(url: str) -> tuple[Store, int] | None:
+    """The store at a SQLAlchemy URL as it is, to be read only, and its schema version, which may be an older release's;
+    None where none was made yet. Nothing is made or brought up to date.
+
+    Raises:
+        ValueError, StoreUnavailableError: as `open_store`.
+    """
+    with _openable(url):
+        found = connect_as_found(url)
+    return None if found is None else (Store(found[0]), found[1])
+
+
+@contextmanager
+def _openable(url: str) -> Iterator[None]:
+    try:
+        yield
     except exc.DBAPIError as error:
         raise StoreUnavailableError(f"store {url.rpartition('@')[2]} cannot be opened: {error.orig}") from error
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from modeling.engine_set import Candidate, CandidateReport, EngineSet, device_ke
 from ray_jobs import deploy_service, service_rollout
 from ray_jobs.deploy_service import (
     DeployServiceConfig,
-    check_store,
     connect,
     ensure_patient_key,
     resolve_model,
@@ -25,13 +26,19 @@ from ray_jobs.deploy_service import (
     run,
     serve_settings,
 )
-from ray_jobs.service_rollout import _reason
+from ray_jobs.model_swap import Deployed
+from ray_jobs.service_rollout import Rollout, _reason
+from ray_jobs.service_store import check_store, upgrade_store
 from serve.access import is_open
 from serve.release import PACKAGES, write_release
+from serve.settings import ModelReference
 from store.api_keys import create_api_key, revoke_api_key
 from store.database import open_store
+from store.tables import SCHEMA_VERSION
 from tests.bundle_factory import served_bundle
 from tests.house import REPO_ROOT
+
+ONE = ModelReference(bundle_uri="/bundles/1", sha256="0" * 64, version="1")
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +227,10 @@ def test_a_service_that_requires_keys_needs_one_that_is_live(dermray_home):
     revoked, _ = create_api_key(store, "clinic", "caller", "Ada")
     revoke_api_key(store, revoked.id, "Ada")
     with pytest.raises(ValueError, match="no live API key; make one with python -m ray_jobs.manage_api_keys"):
-        check_store(config)
-    check_store(DeployServiceConfig())
+        check_store(config.store_url, True)
+    check_store(config.store_url, False)
     create_api_key(store, "clinic", "caller", "Ada")
-    check_store(config)
+    check_store(config.store_url, True)
 
 
 def test_without_a_live_key_nothing_is_deployed(reference, dermray_home, monkeypatch):
@@ -233,6 +240,85 @@ def test_without_a_live_key_nothing_is_deployed(reference, dermray_home, monkeyp
     monkeypatch.setattr(deploy_service, "connect", no_cluster)
     with pytest.raises(ValueError, match="no live API key"):
         run(DeployServiceConfig(bundle=reference.bundle_uri, host="0.0.0.0", access={"require_keys": True}))
+
+
+@pytest.fixture
+def version_1(dermray_home):
+    """The service's store, as the first release made it; a look at the schema versions that it had."""
+    with closing(sqlite3.connect(dermray_home / "store.db")) as database:
+        database.executescript((REPO_ROOT / "tests" / "store_version_1.sql").read_text())
+
+    def versions() -> list[int]:
+        with closing(sqlite3.connect(dermray_home / "store.db")) as database:
+            return [version for (version,) in database.execute("SELECT version FROM schema_version ORDER BY version")]
+
+    assert versions() == [1]
+    return versions
+
+
+@pytest.mark.parametrize("refusal", ["keys", "cluster", "room", "port", "shadow", "model"])
+def test_a_deploy_that_is_refused_leaves_the_store_to_the_release_that_runs(
+    reference, challenger, dermray_home, version_1, monkeypatch, refusal
+):
+    def refuse(*_, **__):
+        raise ValueError("refused")
+
+    config = {"bundle": reference.bundle_uri, "shadow": challenger.bundle_uri}
+    for name in ("connect", "cluster_nodes", "check_room", "start_serve"):
+        monkeypatch.setattr(deploy_service, name, lambda *_: None)
+    running = Deployed(serve_settings(DeployServiceConfig(), write_release(REPO_ROOT, dermray_home / "releases")), ONE)
+    monkeypatch.setattr(deploy_service, "running_service", lambda: running)
+    monkeypatch.setattr(Rollout, "start_shadow", lambda *_: None)
+    monkeypatch.setattr(service_rollout, "_take_back_shadow", lambda *_: None)
+    if refusal == "keys":
+        config["access"] = {"require_keys": True}
+    elif refusal == "shadow":
+        monkeypatch.setattr(Rollout, "start_shadow", refuse)
+    elif refusal == "model":
+        monkeypatch.setattr(service_rollout, "prepare_replicas", refuse)
+    else:
+        name = {"cluster": "connect", "room": "check_room", "port": "start_serve"}[refusal]
+        monkeypatch.setattr(deploy_service, name, refuse)
+    with pytest.raises(ValueError, match="no live API key" if refusal == "keys" else "refused"):
+        run(DeployServiceConfig(**config))
+    assert version_1() == [1]
+
+
+def test_the_store_is_upgraded_before_the_service_changes(reference, dermray_home, version_1, monkeypatch, capsys):
+    for name in ("connect", "cluster_nodes", "check_room", "start_serve", "running_service"):
+        monkeypatch.setattr(deploy_service, name, lambda *_: None)
+    at_deploy = []
+    monkeypatch.setattr(Rollout, "_deploy", lambda *_: at_deploy.extend(version_1()))
+    monkeypatch.setattr(Rollout, "model_card", lambda _: None)
+    run(DeployServiceConfig(bundle=reference.bundle_uri))
+    assert at_deploy == [1, SCHEMA_VERSION]
+    line = f"schema version 1 to {SCHEMA_VERSION}: running replicas of an older release go on"
+    assert line in capsys.readouterr().err
+    assert upgrade_store(DeployServiceConfig().store_url) is False and capsys.readouterr().err == ""
+
+
+def test_a_look_at_the_store_makes_none(dermray_home):
+    check_store(DeployServiceConfig().store_url, False)
+    with pytest.raises(ValueError, match="no live API key"):
+        check_store(DeployServiceConfig().store_url, True)
+    assert list(dermray_home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("text" * 300, "is not an SQLite database"), (None, "cannot be made: .* is no folder")]
+)
+def test_what_is_no_store_is_refused_at_the_first_look(tmp_path, content, reason):
+    (tmp_path / "file").write_text(content or "")
+    url = f"sqlite:///{tmp_path}/file" + ("" if content else "/store.db")
+    with pytest.raises(ValueError, match=reason):
+        check_store(url, False)
+
+
+def test_a_store_of_a_later_release_is_refused_at_the_first_look(dermray_home, version_1):
+    with closing(sqlite3.connect(dermray_home / "store.db")) as database, database:
+        database.execute("UPDATE schema_version SET version = 99")
+    with pytest.raises(ValueError, match="schema version 99; this release reads version"):
+        check_store(DeployServiceConfig().store_url, False)
 
 
 def test_replicas_are_told_who_may_call(dermray_home):

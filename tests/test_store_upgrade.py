@@ -10,7 +10,7 @@ import sqlalchemy as sql
 
 from store import audit_chain
 from store.candidates import list_candidates, record_candidate
-from store.database import open_store
+from store.database import look_at_store, open_store
 from store.tables import SCHEMA_VERSION, candidates, schema, schema_version
 from tests.house import REPO_ROOT
 
@@ -96,6 +96,26 @@ def test_an_upgrade_that_fails_leaves_the_old_store(version_1, monkeypatch):
     assert "candidates" not in tables
     store = open_store(version_1)
     check_upgraded(store)
+    store.close()
+
+
+def test_a_look_at_an_old_store_leaves_it_as_it_is(version_1):
+    store, version = look_at_store(version_1)
+    assert version == 1 and versions(store) == [1] and len(store.approvals()) == 1
+    assert "candidates" not in sql.inspect(store.engine).get_table_names()
+    store.close()
+    open_store(version_1).close()
+    store, version = look_at_store(version_1)
+    assert version == SCHEMA_VERSION
+    store.close()
+
+
+@pytest.mark.postgres
+def test_a_look_at_a_database_without_a_store_makes_none(postgres_url):
+    assert look_at_store(postgres_url) is None
+    open_store(postgres_url).close()
+    store, version = look_at_store(postgres_url)
+    assert version == SCHEMA_VERSION and store.audit_entries() == []
     store.close()
 
 
