@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +24,7 @@ _MIN_KERNEL = (5, 8)
 # syncfs also waits for what others have written. Once it took so long, it is left alone for a while.
 _SLOW_S, _SLOW_S_PER_FILE = 0.5, 0.005
 _LEAVE_ALONE_S = 600.0
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
@@ -59,6 +61,12 @@ def write_synced(path: Path, data: bytes) -> None:
 def temporary_files(path: Path) -> list[Path]:
     """What interrupted writes of this file have left beside it."""
     return list(path.parent.glob(f".{path.name}.*.tmp"))
+
+
+def target_of(name: str) -> str | None:
+    """Name of the file that a temporary file of this name was to become; None for any other file."""
+    found = _TEMPORARY.fullmatch(name)
+    return None if found is None else found[1]
 
 
 class SyncedFolders:
