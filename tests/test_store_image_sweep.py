@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -136,25 +137,49 @@ def test_files_of_writes_that_never_ended_go_when_they_are_old(local):
 )
 def test_files_of_others_are_left_alone(local, name):
     path = local.aged(local.folder / name)
+    local.aged(path.parent)
     assert local.sweep() == ImageSweep()
     assert path.exists()
 
 
-def test_one_that_is_named_between_the_look_and_the_removal_stays(local, monkeypatch):
+@pytest.mark.parametrize("with_row", [True, False])
+def test_one_that_is_named_between_the_look_and_the_removal_stays(local, monkeypatch, with_row):
     picture, unnamed = local.put("named late"), local.put("unnamed")
     remove_unused, looked = image_sweep.remove_unused, []
 
     def after_a_commit(store, files, names):
         looked.extend(names)
         if hash_of("named late") in names:
-            local.predict("named late")
+            row = prediction_row("late", image_hash=hash_of("named late"))
+            store.insert_predictions([row], [image_row("named late")] if with_row else [])
         return remove_unused(store, files, names)
 
     monkeypatch.setattr(image_sweep, "remove_unused", after_a_commit)
     assert local.sweep().images == 1
     assert sorted(looked) == sorted([hash_of("named late"), hash_of("unnamed")])
     assert picture.exists() and not unnamed.exists()
-    assert local.rows() == {hash_of("named late")}
+    assert local.rows() == ({hash_of("named late")} if with_row else set())
+
+
+def test_the_removal_waits_for_a_commit_under_way(local, monkeypatch):
+    """Between a picture, which was there, and its row: the commit relies on the file."""
+    picture = local.put("named")
+    remove_unused, begins = image_sweep.remove_unused, threading.Event()
+
+    def told(*arguments):
+        begins.set()
+        return remove_unused(*arguments)
+
+    monkeypatch.setattr(image_sweep, "remove_unused", told)
+    sweeps = threading.Thread(target=local.sweep)
+    with local.files.locked():
+        sweeps.start()
+        assert begins.wait(30)
+        sweeps.join(0.3)
+        assert sweeps.is_alive() and picture.exists()
+        local.predict("named")
+    sweeps.join(30)
+    assert not sweeps.is_alive() and picture.exists()
 
 
 def test_many_are_removed_a_few_at_a_time(local, monkeypatch):
@@ -272,10 +297,12 @@ def test_the_age_is_told_by_the_given_clock(local):
 
 
 def test_a_bucket_is_left_alone(local):
-    files = ImageFiles("memory://swept-images")
-    files.put(data_of("unnamed"))
-    assert sweep_images(local.store, files, 0.0, clock=lambda: time.time() + 1e6) == ImageSweep()
-    assert files.exists(hash_of("unnamed"), ".jpg")
+    files = ImageFiles(f"file-bucket://{local.folder}")
+    assert not files.local
+    files.url = str(local.folder)
+    picture = local.put("unnamed")
+    assert sweep_images(local.store, files, AGE_S) == ImageSweep()
+    assert picture.exists()
 
 
 def test_a_service_without_pictures_has_nothing_to_sweep(local):
