@@ -81,6 +81,7 @@ def build_app(
         DriftLogger,
         settings.drift_logger.num_cpus,
         settings.storage.model_dump(),
+        settings.drift_logger.model_dump(),
         num_replicas=1,
         max_ongoing_requests=settings.drift_logger.max_ongoing_requests,
         **inner,

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from monitoring.prediction_log import PredictionLog, PredictionRecord
+from serve.image_sweeper import ImageSweeper
 from serve.metrics import LOG_COMMIT_ROWS, LOG_COMMIT_SECONDS, SUBMISSIONS_PENDING, Recorder, replica_metrics
 from serve.private_ports import listen_on_node_address
 from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
-from serve.settings import StorageSettings
+from serve.settings import DriftLoggerSettings, StorageSettings
 from serve.shared_calls import SharedCalls
 from store.database import StoreUnavailableError
 from store.erased_patients import PatientErasedError
@@ -112,17 +113,30 @@ class DriftLoggerLogic:
 class DriftLogger:
     """Deployment around `DriftLoggerLogic`: one replica, whose calls share commits."""
 
-    def __init__(self, storage: dict[str, Any], metrics: Recorder | None = None):
+    def __init__(
+        self, storage: dict[str, Any], settings: dict[str, Any] | None = None, metrics: Recorder | None = None
+    ):
         self._log = open_log(StorageSettings.model_validate(storage))
         self._logic = DriftLoggerLogic(self._log)
         self._metrics = metrics or replica_metrics()
         self._sampler = Sampler(self._metrics)
         # There is one replica of this deployment: each figure of the store is exported once.
         self._sampler.add(self._count_submissions, blocking=True)
+        # For the same reason, the images are swept here.
+        self._sweeper = ImageSweeper(self._log, DriftLoggerSettings.model_validate(settings or {}))
         show_ids_in_log()
         listen_on_node_address()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commits = SharedCalls(self._commit, size=lambda entry: entry.num_bytes)
+
+    def __del__(self) -> None:
+        # Serve calls it before it ends a replica, also one whose constructor failed.
+        if hasattr(self, "_sweeper"):
+            self._sweeper.stop()
+
+    def _start_background(self) -> None:
+        self._sampler.start()
+        self._sweeper.start()
 
     def _count_submissions(self) -> None:
         for state, number in count_pending(self._log.store).items():
@@ -140,7 +154,7 @@ class DriftLogger:
 
     async def write(self, entries: list[LogEntry], request_ids: tuple[str, ...] = ()) -> list[Ack | Exception]:
         """Commits the entries; see `DriftLoggerLogic.commit`."""
-        self._sampler.start()
+        self._start_background()
         with watched_call("log", len(entries), request_ids):
             results = await asyncio.gather(*map(self._commits.submit, entries), return_exceptions=True)
             for result in results:
@@ -159,7 +173,7 @@ class DriftLogger:
 
     async def ping(self) -> bool:
         """See `DriftLoggerLogic.ping`."""
-        self._sampler.start()
+        self._start_background()
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._logic.ping)
 
 

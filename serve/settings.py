@@ -156,6 +156,10 @@ class DriftLoggerSettings(_Settings):
     attempts: int = Field(2, ge=1, description="calls with the same ids before the ingress spools")
     attempt_timeout_s: float = Field(4.0, gt=0)
     replay_interval_s: float = Field(1.0, gt=0, description="between tries to empty the spool")
+    sweep_interval_s: float | None = Field(
+        86_400.0, gt=0, le=31_536_000, description="between sweeps for image files that no record names; null: none"
+    )
+    sweep_min_age_s: float = Field(3600.0, gt=0, description="age below which a sweep leaves an image file alone")
 
 
 class SubmissionSettings(_Settings):
@@ -223,6 +227,16 @@ class ServeSettings(_Settings):
             raise ValueError(
                 f"submissions.lease_s is {lease:g}; expected more than ingress.request_timeout_s {request:g}, or a "
                 "lease ends while its submission is still being scored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sweeps_spare_requests(self) -> ServeSettings:
+        age, request = self.drift_logger.sweep_min_age_s, self.ingress.request_timeout_s
+        if self.drift_logger.sweep_interval_s is not None and age <= request:
+            raise ValueError(
+                f"drift_logger.sweep_min_age_s is {age:g}; expected more than ingress.request_timeout_s {request:g}, "
+                "or a sweep removes images of requests under way"
             )
         return self
 

@@ -182,12 +182,16 @@ def images_in_use(connection: Connection, hashes: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for chunk in _chunks(sorted(hashes)):
         query = sql.select(predictions.c.image_hash).where(predictions.c.image_hash.in_(chunk)).distinct()
-        found |= set(connection.execute(query).scalars()) | images_in_submissions(connection, chunk)
+        named = set(connection.execute(query).scalars())
+        # No index leads to a submission's picture; most have a prediction by now.
+        others = [name for name in chunk if name not in named]
+        found |= named | (images_in_submissions(connection, others) if others else set())
     return found
 
 
 def remove_unused(store: Store, image_files: ImageFiles, hashes: Iterable[str]) -> int:
-    """Removes the files of those hashes that no row names; returns how many.
+    """Removes the files, and rows of `images`, of those hashes that no prediction or submission names; returns how
+    many files.
 
     Raises:
         OSError: a file cannot be removed.
@@ -196,10 +200,25 @@ def remove_unused(store: Store, image_files: ImageFiles, hashes: Iterable[str]) 
     removed = 0
     for chunk in _chunks(sorted(hashes)):
         with image_files.locked(exclusive=True):
-            with store.reading() as connection:
-                used = images_in_use(connection, chunk)
-            removed += sum(image_files.remove(name) for name in chunk if name not in used)
+            # Rows first: a file without one is found again by a sweep.
+            unused = _remove_unused_rows(store, chunk)
+            removed += sum(image_files.remove(name) for name in unused)
     return removed
+
+
+def _remove_unused_rows(store: Store, hashes: Sequence[str]) -> list[str]:
+    """Removes rows of unused images, under the images' lock; returns the unused hashes, with or without a row."""
+    with store.reading() as connection:
+        unused = sorted(set(hashes) - images_in_use(connection, hashes))
+        query = sql.select(images.c.hash).where(images.c.hash.in_(unused)).limit(1)
+        any_row = connection.execute(query).first() is not None
+    if any_row:
+        with store.writing() as connection:
+            # Looked up once more: a bucket has no lock, and a row may have come.
+            keep_writers_out(connection)
+            unused = sorted(set(unused) - images_in_use(connection, unused))
+            connection.execute(sql.delete(images).where(images.c.hash.in_(unused)))
+    return unused
 
 
 def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:

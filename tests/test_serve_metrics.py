@@ -243,7 +243,7 @@ def test_the_sidecar_tells_commits_that_worked_and_those_that_did_not(observed, 
             "spool_dir": str(observed.log.spool.directory),
             "patient_key_file": "/not/read",
         }
-        sidecar = DriftLogger(places, figures)
+        sidecar = DriftLogger(places, metrics=figures)
         both = entry(1)
         more = LogEntry(both.records + entry(2).records, both.images | entry(2).images)
         assert await sidecar.write([more]) == [None]
