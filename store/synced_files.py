@@ -79,7 +79,7 @@ class _SyncFailedError(OSError):
 class SyncedFolders:
     """Writes many files below one root at a time; a file that is there already is complete and is left alone.
 
-    Two syncs of the file system take the place of two for every file: 64 pictures of 4 kB cost 5 instead of 24 ms of CPU
+    Two syncs of the file system take the place of two for every file: 64 of 4 kB cost 5 instead of 24 ms of CPU
     (ext4, two cores), and are on disk after 7 instead of 18 ms.
 
     Args:
