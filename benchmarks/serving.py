@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,19 +122,37 @@ def closed_loops(
     return result, ids
 
 
-def overload(variant: Variant, images: list[bytes], rate: float, users: int, seconds: float) -> tuple[dict, list[str]]:
-    """An open loop at twice the rate, then `users` that never wait, with the replicas' memory before and after."""
+def overload(
+    variant: Variant, images: list[bytes], clients: int, users: int, seconds: float, rounds: int
+) -> tuple[dict, list[str]]:
+    """Rounds of a closed loop and then an open loop at twice its rate; at last `users` that never wait, with the
+    replicas' memory before and after."""
     load = generator(variant.url, images)
-    say(f"open loop at {2 * rate:.0f} requests/s")
-    open_figures, open_tally = measured(variant, lambda: run_on_uvloop(lambda: load.open_loop(2 * rate, seconds / 3)))
-    say(f"answered {open_figures['rps']:.0f}/s, p99 {open_figures['p99_ms']:.0f} ms; {users} users for {seconds:.0f} s")
-    run_on_uvloop(lambda: load.closed_loop(users, seconds=seconds / 6))
+    ids: list[str] = []
+
+    def run(make: Callable[[], Awaitable[Tally]]) -> dict[str, float]:
+        figures, tally = measured(variant, lambda: run_on_uvloop(make))
+        ids.extend(tally.prediction_ids)
+        return figures
+
+    rows = []
+    for round_number in range(1, rounds + 1):
+        rate = run(lambda: load.closed_loop(clients, seconds=seconds / 6))["rps"]
+        figures = run(lambda rate=rate: load.open_loop(2 * rate, seconds / 3))
+        rows.append(figures | {"offered_rps": 2 * rate, "goodput": figures["rps"] / rate})
+        say(
+            f"overload round {round_number}: {rate:.0f}/s with {clients} clients; of {2 * rate:.0f}/s offered "
+            f"{figures['rps']:.0f} answered, {rows[-1]['goodput']:.2f} of that rate, p99 {figures['p99_ms']:.0f} ms"
+        )
+    run(lambda: load.closed_loop(users, seconds=seconds / 6))
     memory = [replica_megabytes()]
-    figures, tally = measured(variant, lambda: run_on_uvloop(lambda: load.closed_loop(users, seconds=seconds)))
+    figures = run(lambda: load.closed_loop(users, seconds=seconds))
     memory.append(replica_megabytes())
-    say(f"answered {figures['rps']:.0f}/s, {tally.refused} refused, {tally.errors} errors, memory {memory} MB")
-    result = {"open_loop": {"offered_rps": 2 * rate, **open_figures}, f"{users}_users": figures, "replica_mb": memory}
-    return result, open_tally.prediction_ids + tally.prediction_ids
+    say(
+        f"{users} users: answered {figures['rps']:.0f}/s, {figures['refused']} refused, {figures['errors']} errors, "
+        f"memory {memory} MB"
+    )
+    return {"open_loop": medians(rows), f"{users}_users": figures, "replica_mb": memory}, ids
 
 
 def replica_megabytes() -> int:
@@ -203,7 +221,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default=",".join(KINDS), help="which to run beside the service")
-    parser.add_argument("--overload-seconds", type=float, default=60.0, help="of the 300 users; 0 leaves overload out")
+    parser.add_argument(
+        "--overload-seconds",
+        type=float,
+        default=60.0,
+        help="of the 300 users, and a third of it of each open loop; 0 leaves overload out",
+    )
     parser.add_argument("--deploy", default="", help="more flags for deploy_service, separated by spaces")
     arguments = parser.parse_args()
     images = read_images(arguments.images)
@@ -218,8 +241,7 @@ def main() -> None:
         extra: dict[str, object] = {"bulk": bulk(own, arguments.bundle, images, arguments.rounds)}
         say(f"64 pictures a request: {extra['bulk']}")
         if arguments.overload_seconds:
-            rate = result["dermray"][str(min(clients, key=lambda number: abs(number - 32)))]["rps"]
-            extra["overload"], more = overload(own, images, rate, 300, arguments.overload_seconds)
+            extra["overload"], more = overload(own, images, 32, 300, arguments.overload_seconds, arguments.rounds)
             ids += more
         assert own.home is not None
         extra["store"] = missing_or_repeated(own.home, ids)
