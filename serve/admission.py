@@ -178,7 +178,10 @@ class AdmissionGuard:
         self.largest = dict(largest)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        largest = self.largest.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        largest = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            # Starlette's routes overlook a line break at the end.
+            largest = self.largest.get(scope["path"].removesuffix("\n"))
         if largest is None:
             await self.app(scope, receive, send)
             return

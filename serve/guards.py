@@ -15,7 +15,7 @@ from serve.backend import Backend
 from serve.front_door import Door
 from serve.gauges import watch_admission
 from serve.http_errors import Unforeseen
-from serve.middleware import BodyLimit, NoticeHeader, PlainPath
+from serve.middleware import BodyLimit, NoticeHeader
 from serve.problem_counter import ProblemCounter
 from serve.read_deadline import ReadDeadline
 from serve.security_headers import SecurityHeaders
@@ -50,7 +50,7 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
         app = ReadDeadline(app, limits.max_pause_s, limits.min_bytes_per_s)
         if backend.keys is not None:
             app = AccessGuard(app, backend.keys, backend.buckets)
-        app = ArrivalTime(PlainPath(Unforeseen(NoticeHeader(app, NOTICE_HEADER, lambda: service.model.notice))))
+        app = ArrivalTime(Unforeseen(NoticeHeader(app, NOTICE_HEADER, lambda: service.model.notice)))
         app = SecurityHeaders(app, {DOCS_PATH: DOCS_POLICY})
         return ProblemCounter(app, backend.metrics, routes)
 

@@ -31,20 +31,6 @@ async def drain(receive: Receive) -> bool:
     return False
 
 
-class PlainPath:
-    """Answers 404 where a path has a control character: Starlette's routes take a line break at the end for none, and
-    what looks a path up in a table would not know it."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not scope["path"].isprintable():
-            await JSONResponse({"error": "not_found", "detail": "Not Found"}, 404)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-
 class BodyLimit:
     """Refuses a body by its announced length or, where none is given, while it arrives: 413 with {error, detail}.
 
