@@ -79,6 +79,9 @@ def add_label(store: Store, label: NewLabel, actor: str) -> AddedLabel | None:
             "confidence": label.confidence,
             "comment": label.comment,
             "supersedes": None if latest is None else latest["id"],
+            "source": "api",
+            "external_id": None,
+            "adjudication": False,
         }
         row["id"] = connection.execute(sql.insert(labels).values(**row)).inserted_primary_key[0]
         # The audit trail outlives an erasure: it says that someone labelled, not what they saw.

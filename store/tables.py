@@ -21,10 +21,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
-# Versions only add tables and indexes: `connect` makes what an older store lacks. Anything else needs a migration.
-SCHEMA_VERSION = 3
+# Raised with every migration.
+SCHEMA_VERSION = 4
 
 # SQLite gives an id of its own only to a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -107,6 +108,12 @@ labels = Table(
     Column("confidence", Float),
     Column("comment", Text),
     Column("supersedes", BigInteger),
+    Column("source", String(32), nullable=False, server_default="api"),
+    # Of the source, which may send an annotation again.
+    Column("external_id", String(255)),
+    # A third reader's word, which settles what two readers see differently.
+    Column("adjudication", Boolean, nullable=False, server_default=false()),
+    UniqueConstraint("source", "external_id"),
 )
 
 alarms = Table(
@@ -122,9 +129,28 @@ alarms = Table(
     Column("detail", _Json, nullable=False),
     Column("acknowledged_at", BigInteger),
     Column("acknowledged_by", String(255)),
+    # What it is about: within the cool-down, an alarm that says nothing new about its topic is stored and not sent.
+    Column("topic", String(255)),
+    Column("quieted_by", BigInteger),
+    Index("ix_alarms_topic_raised_at", "topic", "raised_at"),
     Index("ix_alarms_raised_at", "raised_at"),
     Index("ix_alarms_kind_raised_at", "kind", "raised_at"),
     Index("ix_alarms_acknowledged_at_raised_at", "acknowledged_at", "raised_at"),
+)
+
+# What has become of an alarm at each place it is sent to; an alarm without a row is still to be sent.
+alarm_deliveries = Table(
+    "alarm_deliveries",
+    schema,
+    Column("alarm_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("channel", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_attempt_at", BigInteger, nullable=False),
+    Column("leased_until", BigInteger),
+    Column("last_error", Text),
+    Column("sent_at", BigInteger),
+    Index("ix_alarm_deliveries_state_next_attempt_at", "state", "next_attempt_at"),
 )
 
 drift_reports = Table(
@@ -196,6 +222,8 @@ retrain_requests = Table(
     Column("model_version", String(64)),
     Column("detail", _Json, nullable=False),
     Column("finished_at", BigInteger),
+    Column("stage", String(32)),
+    Column("error", Text),
 )
 
 approvals = Table(
@@ -218,6 +246,50 @@ candidates = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("gate_metrics", _Json, nullable=False),
     Column("state", String(16), nullable=False),
+    # Who asked for the training: not the one to approve it.
+    Column("requested_by", String(255)),
+    Column("dataset_digest", String(64)),
+    Column("retrain_id", String(64)),
+)
+
+dataset_versions = Table(
+    "dataset_versions",
+    schema,
+    Column("digest", String(64), primary_key=True),
+    Column("path", Text, nullable=False),
+    Column("parent_digest", String(64)),
+    Column("created_at", BigInteger, nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("deleted_at", BigInteger),
+    Column("detail", _Json, nullable=False),
+)
+
+# Which labelled predictions a data set version holds: from a prediction to the models that learned from it.
+dataset_predictions = Table(
+    "dataset_predictions",
+    schema,
+    Column("dataset_digest", String(64), primary_key=True),
+    Column("prediction_id", String(64), primary_key=True),
+    Column("label_id", BigInteger, nullable=False),
+    Column("patient_hmac", String(64)),
+    Index("ix_dataset_predictions_prediction_id", "prediction_id"),
+    Index("ix_dataset_predictions_patient_hmac", "patient_hmac"),
+)
+
+# Copies of the log that were written elsewhere: an erasure has to reach them.
+exports = Table(
+    "exports",
+    schema,
+    Column("id", String(64), primary_key=True),
+    Column("path", Text, nullable=False),
+    Column("window_start", BigInteger, nullable=False),
+    Column("window_end", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("deleted_at", BigInteger),
+    Column("detail", _Json, nullable=False),
 )
 
 # Kept for good: another machine's spool may bring a patient's rows back after any time. It holds no more than the audit
