@@ -12,6 +12,7 @@ import numpy as np
 
 from modeling.metrics import partial_auc_above_tpr, roc_auc, sensitivity_specificity
 from modeling.patient_relative import group_codes, is_missing
+from modeling.schema import TaskSpec
 
 # Threshold probabilities of a decision curve: one biopsy in 1,000 to one in 20 finding a cancer is worth it.
 NET_BENEFIT_THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
@@ -20,6 +21,8 @@ HIGH_THRESHOLDS = (0.1, 0.2, 0.3, 0.5)
 # A sensitivity of fewer cancers, or a specificity of fewer benign lesions, says more about the draw than the subgroup.
 MIN_SUBGROUP = 10
 AGE_EDGES = (30, 45, 60, 75)
+_AGE_COLUMNS = ("age_approx", "age")
+_SKIN_COLUMNS = ("tbp_lv_Lext", "tbp_lv_Bext")
 # Chardon, Cretois & Hourseau 1991: individual typology angle in degrees, from light to dark.
 ITA_EDGES = (-30.0, 10.0, 28.0, 41.0, 55.0)
 ITA_NAMES = ("dark", "brown", "tan", "intermediate", "light", "very light")
@@ -108,6 +111,25 @@ def skin_tones(lightness: Sequence, b: Sequence) -> list[str | None]:
     """Skin tone by individual typology angle, `degrees(atan2(L* - 50, b*))`, of the skin around a lesion."""
     angles = np.degrees(np.arctan2(np.asarray(lightness, np.float64) - 50.0, np.asarray(b, np.float64)))
     return [None if np.isnan(angle) else ITA_NAMES[int(np.searchsorted(ITA_EDGES, angle))] for angle in angles]
+
+
+def subgroup_columns(task: TaskSpec, lesions: Mapping[str, Sequence]) -> dict[str, Sequence]:
+    """What a report looks at separately: the task's subgroups, body site, institution, age band and skin tone.
+
+    Args:
+        lesions: column name -> value of each lesion (N,), as a data frame has them.
+    """
+    names = [*task.subgroup_columns, task.site_column, task.institution_column]
+    columns: dict[str, Sequence] = {
+        name: np.asarray(lesions[name]) for name in dict.fromkeys(names) if name is not None
+    }
+    for name in _AGE_COLUMNS:
+        if name in task.numeric_columns:
+            columns["age"] = age_bands(lesions[name])
+            break
+    if set(_SKIN_COLUMNS) <= set(task.numeric_columns):
+        columns["skin tone"] = skin_tones(*(lesions[name] for name in _SKIN_COLUMNS))
+    return columns
 
 
 def subgroup_table(

@@ -40,8 +40,12 @@ def _area_above(positives: np.ndarray, negatives: np.ndarray, min_tpr: float) ->
     return float(np.trapezoid(heights, np.concatenate([[crossing], fpr[first:]])))
 
 
-def _counts(labels: np.ndarray, ranks: np.ndarray, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.bincount(ranks[labels], minlength=num_ranks), np.bincount(ranks[~labels], minlength=num_ranks)
+def _counts(
+    labels: np.ndarray, ranks: np.ndarray, num_ranks: int, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    sides = [(ranks[rows], None if weights is None else weights[rows]) for rows in (labels, ~labels)]
+    positives, negatives = (np.bincount(own, weight, num_ranks) for own, weight in sides)
+    return positives, negatives
 
 
 def partial_auc_above_tpr(labels: Sequence, scores: Sequence, min_tpr: float = 0.8) -> float:
@@ -70,16 +74,21 @@ def roc_auc(labels: Sequence, scores: Sequence) -> float:
     return partial_auc_above_tpr(labels, scores, min_tpr=0.0)
 
 
-def resampled_areas(labels: Sequence, scores: Sequence) -> Callable[[np.ndarray], tuple[float, float]]:
+def resampled_areas(
+    labels: Sequence, scores: Sequence, weights: np.ndarray | None = None
+) -> Callable[[np.ndarray], tuple[float, float]]:
     """AUC and pAUC above 80 % sensitivity of resamples: a function of row indices (M,), with repeats.
 
     Ranks are computed once: each resample then needs counts, no sort (5 ms instead of 60 at 400k rows).
+
+    Args:
+        weights: how many rows each stands for, float (N,) above 0; None = itself.
     """
     labels, scores = _binary_inputs(labels, scores)
     values, ranks = np.unique(scores, return_inverse=True)
 
     def areas(rows: np.ndarray) -> tuple[float, float]:
-        counts = _counts(labels[rows], ranks[rows], len(values))
+        counts = _counts(labels[rows], ranks[rows], len(values), None if weights is None else weights[rows])
         return _area_above(*counts, 0.0), _area_above(*counts, 0.8)
 
     return areas

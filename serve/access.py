@@ -152,7 +152,7 @@ class AccessGuard:
         try:
             scope["dermray.caller"] = self._admit(scope)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -183,7 +183,8 @@ class AccessGuard:
             )
 
 
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request with a problem before its body is read."""
     headers = {}
     if not await drain(receive):
         headers["Connection"] = "close"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from monitoring.prediction_log import PredictionRecord
 
 KEY_HEADER = "X-API-Key"
+REPLAYED_AT = "Replayed-At"
 
 View = Literal["overlay", "map", "side_by_side"]
 """What /v1/explain draws."""

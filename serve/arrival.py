@@ -21,5 +21,10 @@ class ArrivalTime:
 
 
 def received_at(request: Request) -> int:
-    """When the request came in, microseconds since the epoch, UTC."""
+    """When the request came in, microseconds since the epoch, UTC; of a replayed one, when it first did."""
     return request.scope[_SCOPE_KEY]
+
+
+def count_as_received_at(scope: Scope, moment: int) -> None:
+    """Sets what `received_at` says of this request."""
+    scope[_SCOPE_KEY] = moment

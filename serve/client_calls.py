@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import httpx
 from pydantic import TypeAdapter
 
-from serve.api import Health, ModelCard, Prediction, Problem, View
+from serve.api import REPLAYED_AT, Health, ModelCard, Prediction, Problem, View
 from serve.client_exchange import Call
 from serve.client_images import Image
 from serve.record_api import (
@@ -35,11 +35,15 @@ Answer = TypeVar("Answer")
 
 
 class LesionOrigin(TypedDict, total=False):
-    """Where pictures come from, and the key under which repeats get one answer; the client makes one unless given."""
+    """Where pictures come from, and the key under which repeats get one answer; the client makes one unless given.
+
+    `replayed_at`: when the service is to count the request as received, see `serve.replays`.
+    """
 
     institution: str | None
     device: str | None
     acquired_at: datetime | str | None
+    replayed_at: datetime | str | None
     idempotency_key: str | None
 
 
@@ -119,13 +123,15 @@ def _form(
 ) -> Call[Any]:
     """A form with pictures, under a key of its own."""
     fields = dict(origin)
-    key = fields.pop("idempotency_key", None) or uuid.uuid4().hex
+    headers = {"Idempotency-Key": fields.pop("idempotency_key", None) or uuid.uuid4().hex}
+    if (replayed_at := fields.pop("replayed_at", None)) is not None:
+        headers[REPLAYED_AT] = replayed_at.isoformat() if isinstance(replayed_at, datetime) else str(replayed_at)
     form = _given(fields) | ({} if metadata is None else {"metadata": json.dumps(metadata, allow_nan=False)})
     return Call(
         "POST",
         path,
         _into(kind),
-        {"data": form, "headers": {"Idempotency-Key": key}},
+        {"data": form, "headers": headers},
         tuple(images),
     )
 

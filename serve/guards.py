@@ -18,6 +18,7 @@ from serve.http_errors import Unforeseen
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.problem_counter import ProblemCounter
 from serve.read_deadline import ReadDeadline
+from serve.replays import Replays
 from serve.security_headers import SecurityHeaders
 from serve.waiting_bodies import WaitingBodies
 
@@ -48,6 +49,7 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
         # Around it, since it reads bodies: they are bounded in length and in time from the first byte on.
         app = BodyLimit(app, largest, _FORM_BYTES)
         app = ReadDeadline(app, limits.max_pause_s, limits.min_bytes_per_s)
+        app = Replays(app, service.settings.accept_replays)
         if backend.keys is not None:
             app = AccessGuard(app, backend.keys, backend.buckets)
         app = ArrivalTime(Unforeseen(NoticeHeader(app, NOTICE_HEADER, lambda: service.model.notice)))

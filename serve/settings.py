@@ -91,6 +91,9 @@ class IngressSettings(_Settings):
     large_requests: LargeRequestSettings = Field(default_factory=LargeRequestSettings)
     retry_after_s: int = Field(1, ge=1, description="what a 503 tells the client")
     abstain: bool = Field(True, description="give reasons instead of a risk where the model's bundle says so")
+    accept_replays: bool = Field(
+        False, description="take an administrator's header Replayed-At for the time a request was received"
+    )
 
 
 class ScorerSettings(_Settings):

@@ -144,9 +144,11 @@ class LocalSidecar:
         return self.logic.ping()
 
 
-def prediction_service(nodes, durable, limits=None, key: bytes = b"a test's secret") -> PredictionService:
+def prediction_service(
+    nodes, durable, limits=None, key: bytes = b"a test's secret", settings: IngressSettings | None = None
+) -> PredictionService:
     """A service over (scorer, fusion) in process; it has no model yet."""
-    scoring = LesionScoring(*nodes, limits or UploadLimits(), IngressSettings(), max_batch_size=4)
+    scoring = LesionScoring(*nodes, limits or UploadLimits(), settings or IngressSettings(), max_batch_size=4)
     return PredictionService(scoring, durable, key)
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 
 from modeling.clinical_tables import (
-    age_bands,
     confusion_matrix,
     needed_to_triage,
     net_benefit,
-    skin_tones,
+    subgroup_columns,
     subgroup_table,
     top_retrieval,
 )
@@ -28,9 +27,6 @@ from modeling.metrics import (
 from modeling.operating_points import Thresholds
 from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
-
-_AGE_COLUMNS = ("age_approx", "age")
-_SKIN_COLUMNS = ("tbp_lv_Lext", "tbp_lv_Bext")
 
 
 def clinical_report(
@@ -82,19 +78,6 @@ def clinical_report(
         "subgroups": subgroup_table(malignant, risks, thresholds.threshold, subgroup_columns(task, lesions)),
         "conformal": sets.coverage(probabilities, labels, task.classes),
     }
-
-
-def subgroup_columns(task: TaskSpec, lesions: pd.DataFrame) -> dict[str, Sequence]:
-    """What the report looks at separately: the task's subgroups, body site, institution, age band and skin tone."""
-    names = [*task.subgroup_columns, task.site_column, task.institution_column]
-    columns: dict[str, Sequence] = {name: lesions[name].to_numpy() for name in dict.fromkeys(names) if name is not None}
-    for name in _AGE_COLUMNS:
-        if name in task.numeric_columns:
-            columns["age"] = age_bands(lesions[name])
-            break
-    if set(_SKIN_COLUMNS) <= set(task.numeric_columns):
-        columns["skin tone"] = skin_tones(*(lesions[name] for name in _SKIN_COLUMNS))
-    return columns
 
 
 def paired_gains(
