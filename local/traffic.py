@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import pandas as pd
 
 from data_pipelines.hdf5_index import open_hdf5
 from data_pipelines.image_reader import as_bytes
+from serve.api import Prediction
 from serve.client import DermrayClient, DermrayError, RetryPolicy
 
 ATTEMPTS = 5
@@ -29,7 +30,7 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Lesion:
-    """One request: JPEG bytes, the metadata that the model knows, and where the picture comes from."""
+    """One request: JPEG bytes, the metadata that the model knows, and where the picture comes from (`LesionOrigin`)."""
 
     image_id: str
     image: bytes
@@ -39,13 +40,14 @@ class Lesion:
 
 @dataclass
 class Day:
-    """What came back for a day's requests."""
+    """What came back for a day's requests; `problems`: of each status but 200, what the first answer said."""
 
     sent: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     bands: Counter[str] = field(default_factory=Counter)
     milliseconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    problems: dict[int, str] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
@@ -85,9 +87,17 @@ def read_lesions(
             )
 
 
-def send_day(url: str, lesions: Iterator[Lesion] | list[Lesion], clients: int = 8) -> Day:
+def send_day(
+    url: str,
+    lesions: Iterator[Lesion] | list[Lesion],
+    clients: int = 8,
+    on_answer: Callable[[Lesion, Prediction], None] | None = None,
+) -> Day:
     """Posts every lesion to `/v1/predict` from `clients` connections at a time; where the service says "later", the
     same request goes out again under the same key.
+
+    Args:
+        on_answer: told of each answer, from several threads.
 
     Raises:
         UnavailableError: the service cannot be reached.
@@ -103,10 +113,14 @@ def send_day(url: str, lesions: Iterator[Lesion] | list[Lesion], clients: int = 
             try:
                 answer = client.predict(lesion.image, lesion.metadata, **lesion.origin)
                 band = answer.band or "abstained"
+                if on_answer is not None:
+                    on_answer(lesion, answer)
             except DermrayError as error:
                 if error.status is None:
                     raise
                 status = error.status
+                with lock:
+                    day.problems.setdefault(status, str(error))
             elapsed = (time.perf_counter() - started) * 1000
             with lock:
                 day.sent += 1
@@ -145,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (DermrayError, ValueError, KeyError, OSError) as error:
         print(f"traffic: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    for problem in day.problems.values():
+        print(f"traffic: {problem}", file=sys.stderr)
     print(json.dumps(day.summary()))
     return 0 if day.answered == day.sent else 1
 

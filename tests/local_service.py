@@ -10,7 +10,7 @@ from serve.drift_logger import open_log
 from serve.durable_log import DurableLog
 from serve.ingress import build_api
 from serve.served_model import ServedModel
-from serve.settings import DriftLoggerSettings, ModelReference, UploadLimits
+from serve.settings import DriftLoggerSettings, IngressSettings, ModelReference, UploadLimits
 from tests.bundle_factory import LocalFusion, LocalScorer, LocalSidecar, backend, prediction_service, storage
 
 
@@ -27,6 +27,7 @@ class LocalService:
         limits: UploadLimits | None = None,
         nodes: tuple[LocalScorer, LocalFusion] | None = None,
         retry_after_s: int = 2,
+        ingress: IngressSettings | None = None,
     ):
         places = storage(home)
         self.home = home
@@ -34,7 +35,8 @@ class LocalService:
         self.sidecar = LocalSidecar(places)
         settings = DriftLoggerSettings(attempts=1, attempt_timeout_s=1, replay_interval_s=0.05)
         self.scorer, fusion = nodes or (LocalScorer(reference), LocalFusion(reference))
-        self.service = prediction_service((self.scorer, fusion), DurableLog(self.sidecar, self.log, settings), limits)
+        durable = DurableLog(self.sidecar, self.log, settings)
+        self.service = prediction_service((self.scorer, fusion), durable, limits, settings=ingress)
         self.service.use_model(ServedModel.load(reference))
         self.api = build_api(backend(self.service, self.log, retry_after_s=retry_after_s))
         self.client = TestClient(self.api, raise_server_exceptions=False)
