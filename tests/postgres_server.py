@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -60,11 +61,14 @@ class PostgresServer:
             timeout=_START_S,
             **self._as_user,
         )
-        # fsync: these rows need not outlive the machine.
+        self._launch()
+
+    def _launch(self) -> None:
+        # fsync: these rows need not outlive the machine, only the server.
         options = {"fsync": "off", "shared_buffers": "16MB", "listen_addresses": "", "max_connections": "60"}
-        command = [self._binaries / "postgres", "-D", data, "-k", self._folder]
+        command = [self._binaries / "postgres", "-D", self._folder / "data", "-k", self._folder]
         command += [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with open(self._folder / "log", "wb") as log:
+        with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self._folder, stdout=log, stderr=log, start_new_session=True, **self._as_user
             )
@@ -74,6 +78,15 @@ class PostgresServer:
             check=True,
             timeout=_START_S,
         )
+
+    def kill(self) -> None:
+        """Ends the server and all of its processes with SIGKILL; what they were about to write is lost."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def restart(self) -> None:
+        """Starts the server again after `kill`; returns once it has recovered and answers."""
+        self._launch()
 
     def stop(self) -> None:
         """Ends the server, whoever is still connected, and removes its files."""
@@ -95,9 +108,9 @@ class PostgresServer:
         return f"postgresql://dermray@/{database}?host={self._folder}"
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    """One server for the whole run."""
+@contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """A server until the block ends; skips the test where there is none."""
     binaries = find_binaries()
     if binaries is None:
         pytest.skip("no PostgreSQL server: Debian's package is `postgresql`")
@@ -107,6 +120,13 @@ def postgres_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One server for the whole run."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

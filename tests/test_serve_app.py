@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import httpx
 import pytest
 import ray
 
+from local.cluster import LocalCluster
 from local.jobs import run_job_on
 from ray_jobs.deploy_service import DeployServiceConfig, run
 from serve.drift_logger import open_log
@@ -71,18 +73,17 @@ class Service:
         return open_log(self.storage).spool.pending()
 
 
-@pytest.fixture(scope="module")
-def service(ray_connected, tmp_path_factory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("served") / "home"
+@contextmanager
+def deployed_service(cluster: LocalCluster, home: Path, store_url: str | None = None) -> Iterator[Service]:
+    """A service on the cluster until the block ends, its data below `home` but for a store elsewhere."""
     home.mkdir()
+    store_url = store_url or f"sqlite:///{home}/store.db"
     bundle = served_bundle(home / "bundles" / "first")
-    arguments = ["--bundle", bundle.bundle_uri, "--port", str(ray_connected.http_port)]
+    arguments = ["--bundle", bundle.bundle_uri, "--port", str(cluster.http_port), "--store-url", store_url]
     arguments += ["--drift-logger.attempt-timeout-s", "2", "--scorer.max-replicas", "1"]
-    result = run_job_on(
-        ray_connected.client_environment(), home, "deploy_service", arguments, f"deploy-{time.time_ns()}"
-    )
+    result = run_job_on(cluster.client_environment(), home, "deploy_service", arguments, f"deploy-{time.time_ns()}")
     storage = StorageSettings(
-        store_url=f"sqlite:///{home}/store.db",
+        store_url=store_url,
         images_url=str(home / "images"),
         spool_dir=str(home / "spool"),
         patient_key_file=str(home / "secrets" / "patient_hmac.key"),
@@ -93,6 +94,12 @@ def service(ray_connected, tmp_path_factory) -> Iterator[Service]:
     from ray import serve
 
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def service(ray_connected, tmp_path_factory) -> Iterator[Service]:
+    with deployed_service(ray_connected, tmp_path_factory.mktemp("served") / "home") as service:
+        yield service
 
 
 def replicas(deployment: str) -> dict[int, ray.actor.ActorHandle]:
