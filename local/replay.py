@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -239,14 +239,15 @@ def _label(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return {"labels": dict(sorted(send_labels(options.url, due, options.labeller, options.clients).items()))}, True
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> int:
+    """The exit status; `show` gets the result, one line of JSON."""
     options = _arguments(arguments)
     try:
         result, complete = _send(options) if options.verb == "send" else _label(options)
     except (DermrayError, ValueError, KeyError, OSError) as error:
         print(f"replay: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(result))
+    show(json.dumps(result))
     return 0 if complete else 1
 
 
