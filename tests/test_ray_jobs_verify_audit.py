@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import sqlalchemy as sql
 
 from ray_jobs.verify_audit import VerifyAuditConfig, run
 from store import audit_chain, audit_trail
+from store.audit_anchors import open_anchors
 from store.database import look_at_store, open_store
 from store.tables import audit
 from tests.old_stores import make_version_1, plain_engine
@@ -319,3 +322,35 @@ def test_wrong_settings_are_named(dermray_home, config, message):
     open_store(f"sqlite:///{dermray_home}/store.db").close()
     with pytest.raises(ValueError, match=message):
         run(VerifyAuditConfig(**config))
+
+
+def test_a_long_trail_is_read_in_the_memory_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_trail, "_PAGE_ROWS", 50)
+    url = f"sqlite:///{tmp_path}/store.db"
+    store, last, entries = open_store(url), None, []
+    for index in range(3_000):
+        last = audit_chain.next_entry(last, index, "Ada", "label", "prediction/1", {"comment": f"{index:04d}" * 500})
+        entries.append(last)
+    with store.writing() as connection:
+        connection.execute(sql.insert(audit), entries)
+    store.close()
+    del entries, last
+    config = VerifyAuditConfig(store_url=url, anchor=str(tmp_path / "anchors"))
+    run(config)  # statements are compiled and kept once
+    tracemalloc.start()
+    try:
+        assert run(config)["length"] == 3_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # All entries together have 6 MB, a page of them 0.1 MB.
+    assert peak < 2_000_000
+
+
+def test_who_reads_the_anchors_has_them_alone(tmp_path):
+    path = tmp_path / "anchors"
+    with open_anchors(path, None), path.open("a") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
