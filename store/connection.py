@@ -213,14 +213,14 @@ def _create_or_check(connection: Connection, url: str, upgrade: bool) -> None:
     # Only here: most processes find a store that is up to date.
     from store import schema_upgrade
 
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_TIMEOUT_MS}")
+        # Whoever waits to change a table holds up all who come to read it after.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_UPGRADE_LOCK_TIMEOUT_MS}")
     if found is None:
         schema.create_all(connection)
         schema_upgrade.mark_new(connection)
     else:
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_TIMEOUT_MS}")
-            # Whoever waits to change a table holds up all who come to read it after.
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_UPGRADE_LOCK_TIMEOUT_MS}")
         schema_upgrade.upgrade(connection, found)
     # Beside alembic's table, which releases before version 4 do not know: by this one they refuse the store.
     connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
