@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modeling.locations import REPO_ROOT, SUBMITTED, LocationMarker, dermray_home, resolve_location
 from modeling.locations import Location as Location  # for the jobs
+from store.errors import StoreUnavailableError
 
 
 class JobConfig(BaseModel):
@@ -169,7 +170,9 @@ def _fail(verb: str, message: str, code: int) -> NoReturn:
 
 
 def run_job(verb: str, model: type[Config], run: Callable[[Config], dict[str, Any]], doc: str | None = None) -> None:
-    """Parses, runs, prints the result as one JSON line last. Exit 2: user's mistake, one line, no traceback.
+    """Parses, runs, prints the result as one JSON line last.
+
+    Exit 2: the user's mistake, or a store that is locked, full or down; one line, no traceback.
 
     DERMRAY_DEBUG=1 adds the traceback. Any other failure keeps its traceback and exits with 1.
     """
@@ -187,7 +190,7 @@ def run_job(verb: str, model: type[Config], run: Callable[[Config], dict[str, An
         result = run(config)
     except ValidationError as error:
         _fail(verb, validation_lines(error), 2)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StoreUnavailableError) as error:
         _fail(verb, str(error), 2)
     sys.stderr.flush()
     print(json.dumps({"verb": verb, "seconds": round(time.monotonic() - started, 1), **result}), flush=True)

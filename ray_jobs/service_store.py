@@ -37,9 +37,10 @@ def check_store(store_url: str, require_keys: bool) -> None:
 def upgrade_store(store_url: str) -> bool:
     """Makes the store, or brings it up to this release's schema; the last step before the service changes.
 
-    Not left to the replicas, whose first requests would wait for it. An upgrade only adds tables and indexes, so
-    replicas of an older release that have the store open, in this service or in another one, go on with it. One of
-    theirs that starts later, or is put back, refuses it: then only a release that reads the new schema helps.
+    Not left to the replicas, whose first requests would wait for it. An upgrade only adds tables, indexes, and columns
+    that may be left out, so replicas of an older release that have the store open, in this service or in another one,
+    go on with it. One of theirs that starts later, or is put back, refuses it: then only a release that reads the new
+    schema helps.
 
     Returns:
         Whether there was a store of an older release.
@@ -57,7 +58,7 @@ def upgrade_store(store_url: str) -> bool:
                 f"the store goes from schema version {found[1]} to {SCHEMA_VERSION}: running replicas of an older "
                 "release go on with it, but those that start later, or are put back, cannot open it"
             )
-        open_store(store_url).close()
+        open_store(store_url, upgrade=True).close()
     except StoreUnavailableError as error:
         raise ValueError(f"store_url: {error}") from error
     return older

@@ -32,20 +32,57 @@ def next_entry(last: Mapping[str, Any] | None, at: int, actor: str, action: str,
     return {**entry, "hash": entry_hash(entry)}
 
 
+class ChainCheck:
+    """Checks a chain entry by entry, oldest first, in constant memory.
+
+    Attributes:
+        length: entries that were checked.
+        head: hash of the last of them; 64 zeros where there is none.
+    """
+
+    def __init__(self):
+        self.length = 0
+        self.head = FIRST_PREVIOUS_HASH
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """Checks the next entry.
+
+        Raises:
+            ValueError: entries are missing before it, or it was changed, inserted or moved; the line names it.
+        """
+        number = self.length + 1
+        if entry["id"] < number:
+            raise ValueError(f"audit entry {entry['id']} was inserted: entry {number} was expected in its place")
+        if entry["id"] > number:
+            raise ValueError(f"audit entry {number} is missing: it was removed; entry {entry['id']} is in its place")
+        if entry["hash"] != _hash_of_any(entry):
+            raise ValueError(f"audit entry {number} was changed: its hash does not fit what it says")
+        if entry["previous_hash"] != self.head:
+            before = "the start of the chain" if number == 1 else f"entry {number - 1}"
+            raise ValueError(
+                f"audit entry {number} does not follow {before}: one was changed with its hash, inserted, or moved"
+            )
+        self.length, self.head = number, entry["hash"]
+
+
 def verify(entries: Iterable[Mapping[str, Any]]) -> int:
     """Checks a whole chain in order of id and returns its length.
 
-    Entries cut off the end leave a valid shorter chain: compare the length with a copy kept elsewhere.
+    Entries cut off the end leave a valid shorter chain, and who rewrites all entries from one on leaves another valid
+    one: `audit_anchors` notices both.
 
     Raises:
-        ValueError: the first entry that was changed, removed or inserted.
+        ValueError: the first entry that was changed, removed, inserted or moved.
     """
-    previous, count = FIRST_PREVIOUS_HASH, 0
+    check = ChainCheck()
     for entry in entries:
-        count += 1
-        if entry["id"] != count:
-            raise ValueError(f"audit entry {count} is missing; found {entry['id']} in its place")
-        if entry["previous_hash"] != previous or entry["hash"] != entry_hash(entry):
-            raise ValueError(f"audit entry {count} was changed: its hash does not fit")
-        previous = entry["hash"]
-    return count
+        check.take(entry)
+    return check.length
+
+
+def _hash_of_any(entry: Mapping[str, Any]) -> str | None:
+    try:
+        return entry_hash(entry)
+    except (TypeError, ValueError, RecursionError):
+        # NaN, bytes: nothing that was ever appended.
+        return None

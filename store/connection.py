@@ -22,6 +22,7 @@ BUSY_TIMEOUT_MS = 15_000
 STATEMENT_TIMEOUT_MS = BUSY_TIMEOUT_MS
 # An upgrade builds indexes on tables of any size.
 _UPGRADE_TIMEOUT_MS = 600_000
+_UPGRADE_LOCK_TIMEOUT_MS = 10_000
 # How long a thread waits for a connection that others of its process hold; there are as many as a replica has threads
 # that use the store, so only calls that hang take them all.
 _POOL_TIMEOUT_S = 5
@@ -44,25 +45,25 @@ _POSTGRESQL: Mapping[str, Any] = {
 ADVISORY_LOCK = 0x6465726D
 
 
-def connect(url: str, create: bool = True) -> Engine:
-    """An engine on a store whose schema is the one of this code: created where the database is empty, and brought up
-    to date where an older release made it.
+def connect(url: str, create: bool = True, upgrade: bool = False) -> Engine:
+    """An engine on a store whose schema is the one of this code: created where the database is empty.
 
     Args:
         create: False: an SQLite file that is not there is an error.
+        upgrade: True: a store of an older release is brought up to date; else it is an error.
 
     Raises:
         ValueError: not a store URL, a folder that cannot be made, a file that is no SQLite database, a database of
-            something else, or a store of a later release.
+            something else, or a store of another release.
         sqlalchemy.exc.DBAPIError: the database does not answer.
     """
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
-        return _connect_sqlite(parsed, url, create)
+        return _connect_sqlite(parsed, url, create, upgrade)
     engine = _postgresql_engine(parsed)
     with _disposed_on_error(engine), engine.begin() as connection:
         connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
-        _create_or_check(connection, url)
+        _create_or_check(connection, url, upgrade)
     return engine
 
 
@@ -139,7 +140,7 @@ def _no_database(path: Path) -> Iterator[None]:
         raise
 
 
-def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
+def _connect_sqlite(parsed: URL, url: str, create: bool, upgrade: bool) -> Engine:
     path = _sqlite_path(parsed, url)
     if not create and not path.exists():
         raise ValueError(f"store {path} does not exist; the service makes it, or check store_url")
@@ -154,7 +155,7 @@ def _connect_sqlite(parsed: URL, url: str, create: bool) -> Engine:
     # openers go one by one.
     with _disposed_on_error(engine), _file_lock(path.with_name(path.name + ".lock")), _no_database(path):
         with engine.execution_options(dermray_write=True).begin() as connection:
-            _create_or_check(connection, url)
+            _create_or_check(connection, url, upgrade)
     return engine
 
 
@@ -200,13 +201,29 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _create_or_check(connection: Connection, url: str) -> None:
+def _create_or_check(connection: Connection, url: str, upgrade: bool) -> None:
     found = _find_version(connection, url)
+    if found == SCHEMA_VERSION:
+        return
+    if found is not None and not upgrade:
+        raise ValueError(
+            f"store {_shown(url)} has schema version {found}; this release reads version {SCHEMA_VERSION}: upgrade it "
+            "with python -m ray_jobs.upgrade_store --store-url URL, or by deploying this release"
+        )
+    # Only here: most processes find a store that is up to date.
+    from store import schema_upgrade
+
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_TIMEOUT_MS}")
+        # Whoever waits to change a table holds up all who come to read it after.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_UPGRADE_LOCK_TIMEOUT_MS}")
     if found is None:
         schema.create_all(connection)
-        connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
-    elif found < SCHEMA_VERSION:
-        _upgrade(connection)
+        schema_upgrade.mark_new(connection)
+    else:
+        schema_upgrade.upgrade(connection, found)
+    # Beside alembic's table, which releases before version 4 do not know: by this one they refuse the store.
+    connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
 
 
 def _find_version(connection: Connection, url: str) -> int | None:
@@ -214,7 +231,7 @@ def _find_version(connection: Connection, url: str) -> int | None:
     existing = set(sql.inspect(connection).get_table_names())
     if not existing:
         return None
-    name = make_url(url).render_as_string(hide_password=True)
+    name = _shown(url)
     if schema_version.name not in existing:
         raise ValueError(f"store {name} holds other tables ({', '.join(sorted(existing)[:3])}, ...); expected a store")
     found = connection.execute(sql.select(sql.func.max(schema_version.c.version))).scalar()
@@ -223,13 +240,5 @@ def _find_version(connection: Connection, url: str) -> int | None:
     return found
 
 
-def _upgrade(connection: Connection) -> None:
-    """Makes the tables and indexes that an older store lacks, in the caller's transaction."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_UPGRADE_TIMEOUT_MS}")
-    schema.create_all(connection)
-    for table in schema.sorted_tables:
-        # `create_all` passes over a table that is there, with all its indexes.
-        for index in table.indexes:
-            index.create(connection, checkfirst=True)
-    connection.execute(sql.insert(schema_version).values(version=SCHEMA_VERSION))
+def _shown(url: str) -> str:
+    return make_url(url).render_as_string(hide_password=True)

@@ -18,16 +18,13 @@ from sqlalchemy.engine import Connection, Engine
 from store import audit_chain
 from store.connection import ADVISORY_LOCK, connect, connect_as_found
 from store.erased_patients import ROWS_ERASED, audit_subject, find_late, keep_erasures_out
+from store.errors import StoreUnavailableError as StoreUnavailableError
 from store.shadow_records import is_shadow_id, with_champions
 from store.tables import DRIFT_KEY, alarms, approvals, audit, drift_reports, images, labels, now_us, predictions
 
 _PAGE_ROWS = 2_000
 LOG_WRITER = "prediction log"
 """Who keeps late rows out, in the audit trail."""
-
-
-class StoreUnavailableError(RuntimeError):
-    """The database or the image store did not take a write or answer a read; the same call may succeed later."""
 
 
 class Inserted(NamedTuple):
@@ -42,18 +39,21 @@ class Inserted(NamedTuple):
     late: frozenset[int] = frozenset()
 
 
-def open_store(url: str, create: bool = True) -> Store:
+def open_store(url: str, create: bool = True, upgrade: bool = False) -> Store:
     """Opens the store at a SQLAlchemy URL, making folder, file and schema where there are none.
 
     Args:
         create: False for readers, to whom a mistyped path must not be an empty store.
+        upgrade: bring a store of an older release up to date, all or nothing; replicas of that release which start
+            later cannot open it any more.
 
     Raises:
-        ValueError: not a store, a store of a later release, or none there with `create=False`.
-        StoreUnavailableError: the database does not answer.
+        ValueError: not a store, a store of a later release, one of an older release without `upgrade`, or none there
+            with `create=False`.
+        StoreUnavailableError: the database does not answer, or not in time.
     """
     with _openable(url):
-        return Store(connect(url, create))
+        return Store(connect(url, create, upgrade))
 
 
 def look_at_store(url: str) -> tuple[Store, int] | None:

@@ -24,7 +24,7 @@ from sqlalchemy import (
     false,
 )
 
-# Raised with every migration.
+# The newest revision of `store/migrations`, which brings older stores here: a change of tables needs one.
 SCHEMA_VERSION = 4
 
 # SQLite gives an id of its own only to a column of type INTEGER.
@@ -113,7 +113,8 @@ labels = Table(
     Column("external_id", String(255)),
     # A third reader's word, which settles what two readers see differently.
     Column("adjudication", Boolean, nullable=False, server_default=false()),
-    UniqueConstraint("source", "external_id"),
+    # An index and no constraint, which SQLite adds to a table only by copying it whole.
+    Index("uq_labels_source_external_id", "source", "external_id", unique=True),
 )
 
 alarms = Table(

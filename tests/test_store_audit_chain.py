@@ -35,10 +35,40 @@ def test_an_entry_changed_with_its_hash_breaks_the_next(chain):
     changed = copy.deepcopy(chain)
     changed[2]["actor"] = "eve"
     changed[2]["hash"] = audit_chain.entry_hash(changed[2])
-    with pytest.raises(ValueError, match="audit entry 4 was changed"):
+    with pytest.raises(ValueError, match="audit entry 4 does not follow entry 3"):
         audit_chain.verify(changed)
 
 
 def test_a_removed_entry_is_found(chain):
     with pytest.raises(ValueError, match="audit entry 3 is missing"):
         audit_chain.verify(chain[:2] + chain[3:])
+
+
+def test_a_chain_with_its_start_cut_off_is_found(chain):
+    with pytest.raises(ValueError, match="audit entry 1 is missing"):
+        audit_chain.verify(chain[1:])
+
+
+def test_an_inserted_entry_is_found(chain):
+    forged = audit_chain.next_entry(chain[2], 5, "eve", "promote", "model/9", {})
+    with pytest.raises(ValueError, match="audit entry 4 was inserted: entry 5 was expected"):
+        audit_chain.verify([*chain[:3], forged, *chain[3:]])
+    later = [{**entry, "id": entry["id"] + 1} for entry in chain[3:]]
+    later = [{**entry, "hash": audit_chain.entry_hash(entry)} for entry in later]
+    with pytest.raises(ValueError, match="audit entry 5 does not follow entry 4"):
+        audit_chain.verify([*chain[:3], forged, *later])
+
+
+def test_entries_that_changed_places_are_found(chain):
+    swapped = [*chain[:1], {**chain[2], "id": 2}, {**chain[1], "id": 3}, *chain[3:]]
+    with pytest.raises(ValueError, match="audit entry 2 was changed"):
+        audit_chain.verify(swapped)
+    rehashed = [{**entry, "hash": audit_chain.entry_hash(entry)} for entry in swapped]
+    with pytest.raises(ValueError, match="audit entry 2 does not follow entry 1"):
+        audit_chain.verify(rehashed)
+
+
+@pytest.mark.parametrize("detail", [{"n": float("nan")}, b"x", "{", None])
+def test_a_detail_that_is_no_json_is_a_change(chain, detail):
+    with pytest.raises(ValueError, match="audit entry 3 was changed"):
+        audit_chain.verify([*chain[:2], {**chain[2], "detail": detail}, *chain[3:]])

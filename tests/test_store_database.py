@@ -281,22 +281,3 @@ def test_the_schema_is_valid_for_postgresql():
     ddl = [str(sql.schema.CreateTable(table).compile(dialect=postgresql.dialect())) for table in schema.sorted_tables]
     assert any("received_at BIGINT NOT NULL" in text for text in ddl)
     assert any("id BIGSERIAL NOT NULL" in text for text in ddl)
-
-
-def test_a_store_of_an_earlier_release_gets_the_indexes_it_lacks_and_keeps_its_rows(store, url):
-    def indexes() -> set[str]:
-        found = sql.inspect(store.engine)
-        return {index["name"] for table in schema.tables for index in found.get_indexes(table)}
-
-    complete = indexes()
-    later = {"ix_predictions_image_hash", "ix_audit_subject", "ix_alarms_raised_at", "ix_labels_labelled_at"}
-    assert later <= complete
-    store.insert_predictions([prediction_row("a")])
-    with store.writing() as writer:
-        for name in later:
-            writer.exec_driver_sql(f"DROP INDEX {name}")
-        writer.execute(sql.delete(schema_version))
-        writer.execute(sql.insert(schema_version).values(version=1))
-    assert not later & indexes()
-    open_store(url).close()
-    assert indexes() == complete and ids(store) == ["a"]
