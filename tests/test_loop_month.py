@@ -65,8 +65,10 @@ def month(ray_connected, tmp_path_factory) -> Iterator[Month]:
     month.job("export_engine", "--config", str(DEMO / "export_engine.yaml"), "--lesions", "200", "--rounds", "1")
     month.job("promote_model", "--config", str(DEMO / "promote_model.yaml"), "--approver", "Ada")
     for name, role in (("clinic", "admin"), ("reader", "reviewer"), ("Ben", "approver"), ("Cleo", "approver")):
-        made = month.job("manage_api_keys", "--action", "create", "--name", name, "--role", role, "--actor", "Ada")
-        month.keys[name] = made["key"]
+        file = home / f"{name}.key"
+        who = ["--name", name, "--role", role, "--actor", "Ada"]
+        month.job("manage_api_keys", "--action", "create", *who, "--key-file", str(file))
+        month.keys[name] = file.read_text().strip()
     flags = ["--port", str(ray_connected.http_port), "--scorer.max-replicas", "1", "--access.require-keys", "true"]
     month.url = month.job("deploy_service", *flags, "--ingress.accept-replays", "true")["url"]
     with pytest.MonkeyPatch.context() as patch:
