@@ -6,6 +6,7 @@ What is kept holds risks in the order of the version's rows and no id: without t
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _kept(path: Path, contexts: list[str], rows: int) -> dict[str, np.ndarray] |
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {context: arrays[context] for context in contexts}
-    except (OSError, KeyError, ValueError, EOFError):
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     whole = all(risks.shape == (rows,) and np.isfinite(risks).all() for risks in found.values())
     return found if whole else None

@@ -71,7 +71,7 @@ def _metric_lines(rules: GateRules, context: str, metrics: dict[str, Any], in_th
         yield at_most("max_calibration_slope", context, slope, rules.max_calibration_slope)
     if rules.max_calibration_intercept is not None and in_the_large:
         shift = metric(metrics, "calibration_intercept")
-        detail = "" if shift is None else f"intercept {shift:+.3f}: risks are too {'low' if shift > 0 else 'high'}"
+        detail = "" if shift is None else f"intercept {shift:+.3f}; above 0 risks are too low"
         value = None if shift is None else abs(shift)
         yield at_most("max_calibration_intercept", context, value, rules.max_calibration_intercept, detail)
 
