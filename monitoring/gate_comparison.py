@@ -81,7 +81,9 @@ def _interval(difference: Difference) -> str:
     figures += "?" if difference.candidate is None else f"{difference.candidate:.4g}"
     if difference.low is None or difference.high is None:
         return f"{figures}, no interval"
-    return f"{figures}, drop's 95 % interval {-difference.high:+.4f} to {-difference.low:+.4f}"
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    low, high = (round(-end, 4) + 0.0 for end in (difference.high, difference.low))
+    return f"{figures}, drop's 95 % interval {low:+.4f} to {high:+.4f}"
 
 
 def paired_lines(rules: GateRules, context: str, comparison: PairedComparison) -> Iterator[RuleResult]:

@@ -81,7 +81,7 @@ class GateRules(BaseModel):
     max_latency_ratio: float | None = Field(2.0, gt=0)
     require_same_task: bool = True
     require_paired: bool | None = None
-    interval_from: int = Field(60, ge=10)
+    interval_from: int = Field(100, ge=10)
     max_auc_drop: float | None = Field(0.02, ge=0, le=1)
     max_auc_drop_high: float | None = Field(0.03, ge=0, le=1)
     max_pauc_drop: float | None = Field(0.01, ge=0, le=0.2)
