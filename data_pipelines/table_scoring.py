@@ -121,7 +121,7 @@ def score_table(
 
     used = choose_context(bundle, table, context)
     trusted = ~table["id"].isin({row.id for row in abstained}).to_numpy()
-    probabilities = _fuse(bundle, used, log_probabilities, table, trusted)
+    probabilities = fuse(bundle, used, log_probabilities, table, trusted)
     result = pd.DataFrame({"isic_id": table["id"], "target": risk(probabilities, task)})
     if task.num_classes > 2:
         for number, name in enumerate(task.classes):
@@ -155,7 +155,7 @@ def _with_image_scores(
 
     unlabelled = np.full(len(position), -1, np.int64)
     rows = ImageRows(index.ids[position], index.offset[position], index.size[position], unlabelled)
-    scores = _image_scores(bundle, images, rows, num_scorers, parts, say)
+    scores = image_scores(bundle, images, rows, num_scorers, parts, say)
     log_probabilities = scores.log_probabilities
     for row, reason in sorted(scores.errors.items()):
         quarantine.append(QuarantinedRow(str(table["id"].iloc[row]), "undecodable", reason))
@@ -167,7 +167,7 @@ def _with_image_scores(
     return table, log_probabilities, int(len(index.ids) - len(set(rows.ids)))
 
 
-def _image_scores(
+def image_scores(
     bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
 ) -> ScoreParts:
     """The image scores of all rows, of which only those are made here that no earlier attempt has kept."""
@@ -202,7 +202,7 @@ def abstentions(rule: AbstentionRule, scored: ScoredImages, names: np.ndarray) -
     return found
 
 
-def _fuse(
+def fuse(
     bundle: Bundle, context: str, log_probabilities: np.ndarray | None, table: pd.DataFrame, trusted: np.ndarray
 ) -> np.ndarray:
     """Pass 2: probabilities float64 (N, K), some thousand rows at a time: the features of a row take a hundred times

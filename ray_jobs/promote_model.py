@@ -1,23 +1,67 @@
 """Quality gate and a named approver, then the champion alias moves; `--rollback` returns to the previous champion.
 
 Without `--approver`, the last person who approved the version at the service (POST /v1/candidates/{version}/approve)
-has decided. Running it again changes nothing. Exit status 2 and the failed rules when the gate is not passed: there is
-no override.
+has decided; whoever asked for the training cannot. `--auto` promotes without a person where the config allows it.
+`--deploy` swaps the running service afterwards. Running it again changes nothing. Exit status 2 and the failed rules
+when the gate is not passed: there is no override.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from modeling.bundle import load_bundle
-from modeling.engine_set import engine_sets
 from modeling.registry import CHAMPION, ModelVersion, Registry
-from monitoring.promotion_gate import GateRules, check_gate
-from ray_jobs.job import JobConfig, Location, run_job, say
-from store.candidates import PROMOTED, REJECTED, mark_candidate, open_approval
+from monitoring.gate_table import markdown, table_lines
+from monitoring.promotion_gate import GateReport, GateRules, check_gate
+from ray_jobs.job import REPO_ROOT, JobConfig, Location, parse_config, run_job, say
+from ray_jobs.promotion_evidence import gather_evidence, open_champion
+from store.candidates import (
+    APPROVAL_REFUSED,
+    PROMOTED,
+    REJECTED,
+    is_one_of,
+    mark_candidate,
+    open_approval,
+    requesters,
+)
 from store.database import Store, open_store
+from store.refusals import record_refusal
+from store.synced_files import sync_folder, write_synced
+
+if TYPE_CHECKING:
+    from ray_jobs.deploy_service import DeployServiceConfig
+
+# Another set of engines, or more traffic, may pass these; what else fails will not get better.
+_MAY_YET_PASS = ("require_engine_parity", "require_paired", "max_ms_per_image", "max_latency_ratio", "shadow.")
+
+
+class AutoPromotion(BaseModel):
+    """What `--auto` may do. It always takes the paired comparison and every rule that is on.
+
+    Attributes:
+        allow: whether there is promotion without a person at all.
+        configured_by: who answers for it; stands in the history as the approver, and may not have asked for the
+            training either.
+        first_champion: also where there is no champion to compare with.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    allow: bool = False
+    configured_by: str = Field("", max_length=200)
+    first_champion: bool = False
+
+    @model_validator(mode="after")
+    def _named(self) -> AutoPromotion:
+        if self.allow and not self.configured_by.strip():
+            raise ValueError("configured_by is blank; expected the name of the person who answers for --auto")
+        return self
 
 
 class PromoteModelConfig(JobConfig):
@@ -25,7 +69,17 @@ class PromoteModelConfig(JobConfig):
     reason: str = Field("", description="kept with the decision; blank: the approval's")
     model: str | None = Field(None, description="alias or version; with --rollback: the champion to leave")
     rollback: bool = Field(False, description="return to the previous champion, without a gate")
+    auto: bool = Field(False, description="promote without a person, if auto_promotion allows it")
+    auto_promotion: AutoPromotion = Field(default_factory=AutoPromotion)
     rules: GateRules = Field(default_factory=GateRules)
+    dataset: Location | None = Field(None, description="data set whose gate split both models score; null: unpaired")
+    num_scorers: int = Field(1, ge=1, le=1024, description="engine actors")
+    num_bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples of the paired intervals")
+    seed: int = Field(0, ge=0, description="of the resampling")
+    gate_scores: Location = Field("gate_scores", description="keeps risks on the gate split, by bundle and data set")
+    reports: Location = Field("promotion_reports", description="gets the table of each gate, JSON and Markdown")
+    deploy: bool = Field(False, description="afterwards swap the running service, as deploy_service does")
+    deploy_config: Location | None = Field(None, description="of deploy_service; null: configs/deploy_service.yaml")
     engine_sets: Location = "engine_sets"
     store_url: Location = "sqlite:///store.db"
     tracking_uri: Location = "sqlite:///mlflow.db"
@@ -42,6 +96,66 @@ class PromoteModelConfig(JobConfig):
             raise ValueError("expected the name of the person who approves")
         return approver.strip()
 
+    @model_validator(mode="after")
+    def _one_way(self) -> PromoteModelConfig:
+        if self.auto and (self.rollback or self.approver is not None):
+            other = "rollback" if self.rollback else "approver"
+            raise ValueError(f"auto and {other} are both given; expected one: a rollback, a person, or --auto")
+        if self.auto and not self.auto_promotion.allow:
+            raise ValueError("auto is given, but auto_promotion.allow is false; expected --approver NAME")
+        if self.rules.require_paired is None or self.auto:
+            paired = self.auto or self.dataset is not None
+            self.rules = self.rules.model_copy(update={"require_paired": paired})
+        return self
+
+
+def _report_path(folder: str, version: str, report: GateReport) -> Path:
+    beside = "first" if report.champion_digest is None else report.champion_digest[:12]
+    return Path(folder) / f"version-{version}-{report.bundle_digest[:12]}-beside-{beside}.json"
+
+
+def _write_report(
+    config: PromoteModelConfig,
+    registry: Registry,
+    target: ModelVersion,
+    report: GateReport,
+    champion: str | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Writes the table as JSON and Markdown, here and in MLflow beside the version; returns what the registry keeps.
+
+    MLflow has room for 5,000 characters in a promotion's tag: less than the table of three contexts takes.
+    """
+    path = _report_path(config.reports, target.version, report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(report.as_json() | {"notes": notes}, indent=1).encode()
+    page = path.with_suffix(".md")
+    write_synced(path, content)
+    write_synced(page, markdown(report, target.version, champion, notes).encode())
+    sync_folder(path.parent)
+    for file in (path, page):
+        registry.log_artifact_file(target, file, "promotion_gate")
+    return {
+        "passed": report.passed,
+        "bundle_digest": report.bundle_digest,
+        "champion_digest": report.champion_digest,
+        "dataset_digest": report.dataset_digest,
+        "paired": report.paired,
+        "report": str(path),
+        "report_sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _table(gate: dict[str, Any]) -> dict[str, Any]:
+    """The table behind what the registry keeps of a gate; no more than that where the file is gone or another one."""
+    try:
+        content = Path(gate["report"]).read_bytes()
+    except (KeyError, OSError):
+        return gate
+    if hashlib.sha256(content).hexdigest() != gate["report_sha256"]:
+        return gate
+    return {**json.loads(content), **gate}
+
 
 def _record(store: Store, event: dict[str, Any]) -> None:
     """Writes the decision to the approvals table and the audit chain, unless an earlier attempt did."""
@@ -55,7 +169,7 @@ def _record(store: Store, event: dict[str, Any]) -> None:
         approver=event["approver"],
         reason=event["reason"],
         decision=event["action"],
-        gate={**event["gate"], "registry_event": key, "previous": event["previous"]},
+        gate={**_table(event["gate"]), "registry_event": key, "previous": event["previous"]},
     )
 
 
@@ -68,13 +182,26 @@ def _mark(store: Store, registry: Registry, event: dict[str, Any]) -> None:
 
 
 def _approval(config: PromoteModelConfig, store: Store, version: str, digest: str) -> tuple[str, str]:
-    """Who decides, and why: the config's approver, else the last one of this version."""
-    if config.approver is not None:
-        return config.approver, config.reason
-    approval = open_approval(store, version, digest)
+    """Who decides, and why: the config's approver, `--auto`'s, else the last one of this version.
+
+    Raises:
+        ValueError: nobody has, or only who asked for the training.
+    """
+    asked = requesters(store, version, digest)
+    given = config.auto_promotion.configured_by.strip() if config.auto else config.approver
+    if given is not None:
+        if is_one_of(given, asked):
+            detail = {"digest": digest, "requested_by": asked}
+            record_refusal(store, given, APPROVAL_REFUSED, f"model/{version}", detail)
+            field = "auto_promotion.configured_by" if config.auto else "approver"
+            raise ValueError(f"{field} = {given!r} asked for version {version}; expected another person's approval")
+        return (f"auto (configured by {given})" if config.auto else given), config.reason
+    approval = open_approval(store, version, digest, asked)
     if approval is None:
+        but = f" but {', '.join(asked)}, who asked for it" if open_approval(store, version, digest) else ""
         raise ValueError(
-            f"nobody has approved version {version}; give --approver NAME, or POST /v1/candidates/{version}/approve"
+            f"nobody has approved version {version}{but}; give --approver NAME, or POST "
+            f"/v1/candidates/{version}/approve"
         )
     return approval["approver"], config.reason or approval["reason"]
 
@@ -88,19 +215,25 @@ def _promote(config: PromoteModelConfig, registry: Registry, store: Store) -> di
         last = (registry.history() or [{}])[-1]
         event = last if last.get("version") == target.version else {"version": target.version}
         return {**event, "changed": False, "digest": bundle.digest}
+    if config.auto and champion is None and not config.auto_promotion.first_champion:
+        raise ValueError(
+            "auto: there is no champion to compare with; expected --approver NAME, or auto_promotion.first_champion"
+        )
     approver, reason = _approval(config, store, target.version, bundle.digest)
-    other = None if champion is None else load_bundle(champion.uri, champion.digest)
-    report = check_gate(config.rules, bundle, other, engine_sets(config.engine_sets, bundle.digest))
-    for result in report.results:
-        say(f"{'passed' if result.passed else 'FAILED'}  {result}")
+    other = open_champion(champion)
+    evidence, notes = gather_evidence(config, target, bundle, champion, other, store)
+    report = check_gate(config.rules, bundle, other, evidence)
+    for line in table_lines(report):
+        say(line)
+    kept = _write_report(config, registry, target, report, None if champion is None else champion.version, notes)
+    say(f"table: {Path(kept['report']).with_suffix('.md')}")
     if not report.passed:
-        store.append_audit(approver, "promotion_refused", f"model/{target.version}", report.as_json())
-        if any(result.rule != "require_engine_parity" for result in report.failed):
-            # Other engines may still pass; the model itself will not get better.
+        record_refusal(store, approver, "promotion_refused", f"model/{target.version}", report.as_json())
+        if not all(result.rule.startswith(_MAY_YET_PASS) for result in report.failed):
             mark_candidate(store, target.version, bundle.digest, REJECTED)
         failed = "; ".join(str(result) for result in report.failed)
         raise ValueError(f"version {target.version} of {config.model_name!r} does not pass the gate: {failed}")
-    event = registry.promote(target.version, approver, reason, report.as_json())
+    event = registry.promote(target.version, approver, reason, kept)
     return {**event, "digest": bundle.digest}
 
 
@@ -121,13 +254,49 @@ def _rollback(config: PromoteModelConfig, registry: Registry) -> dict[str, Any]:
     return {**registry.rollback(config.approver, config.reason), "digest": previous.digest}
 
 
+def _deploy_config(config: PromoteModelConfig) -> DeployServiceConfig | None:
+    """The service's config, read before anything is decided; None without `deploy`.
+
+    Raises:
+        ValueError: it would deploy something else than what is promoted here.
+    """
+    if not config.deploy:
+        return None
+    from ray_jobs.deploy_service import DeployServiceConfig
+
+    file = Path(config.deploy_config or REPO_ROOT / "configs" / "deploy_service.yaml")
+    service = parse_config(DeployServiceConfig, [], file)
+    for name in ("tracking_uri", "artifact_root", "model_name", "engine_sets", "store_url"):
+        if getattr(service, name) != getattr(config, name):
+            raise ValueError(
+                f"deploy_config: {file} has {name} = {getattr(service, name)!r}; expected {getattr(config, name)!r}"
+            )
+    if service.bundle is not None or service.model != CHAMPION:
+        raise ValueError(f"deploy_config: {file} does not serve the champion; expected model: champion and no bundle")
+    return service
+
+
+def _deploy(service: DeployServiceConfig, version: str) -> dict[str, Any]:
+    from ray_jobs import deploy_service
+
+    try:
+        return deploy_service.run(service)
+    except ValueError as error:
+        raise ValueError(
+            f"version {version} is the champion, but the service goes on with what it had: {error}; run this again, or "
+            "deploy_service"
+        ) from error
+
+
 def run(config: PromoteModelConfig) -> dict[str, Any]:
+    service = _deploy_config(config)
     registry = Registry(config.tracking_uri, config.model_name, config.artifact_root)
     # Opened first: without a store to record the decision in, the champion must not move.
     store = open_store(config.store_url)
     event = _rollback(config, registry) if config.rollback else _promote(config, registry, store)
     _record(store, event)
     _mark(store, registry, event)
+    gate = _table(event.get("gate", {}))
     return {
         "champion": event["version"],
         "previous": event.get("previous"),
@@ -135,7 +304,10 @@ def run(config: PromoteModelConfig) -> dict[str, Any]:
         "action": "rollback" if config.rollback else "promote",
         "approver": event.get("approver"),
         "digest": event["digest"],
-        "gate": event.get("gate", {}).get("results", []),
+        "paired": gate.get("paired"),
+        "gate": gate.get("results", []),
+        "report": gate.get("report"),
+        "deployed": None if service is None else _deploy(service, event["version"]),
     }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sql
 
 from store.database import Store
-from store.tables import approvals, candidates, now_us
+from store.tables import approvals, candidates, now_us, retrain_requests
 
 CANDIDATE, PROMOTED, REJECTED = "candidate", "promoted", "rejected"
 APPROVE = "approve"
+APPROVAL_REFUSED = "approval_refused"
 
 
 def record_candidate(store: Store, model_version: str, digest: str, gate_metrics: dict[str, Any]) -> bool:
@@ -75,12 +78,37 @@ def approve_candidate(store: Store, candidate: dict[str, Any], approver: str, re
         return dict(connection.execute(sql.select(approvals).where(approvals.c.id == number)).mappings().one())
 
 
-def open_approval(store: Store, model_version: str, digest: str) -> dict[str, Any] | None:
+def is_one_of(name: str, names: Collection[str]) -> bool:
+    """Whether a person is among these; letter case, spaces and Unicode forms of a name make no second person."""
+    return _same(name) in {_same(other) for other in names}
+
+
+def _same(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def requesters(store: Store, model_version: str, digest: str) -> list[str]:
+    """Who asked for the training of this version with this digest, and so may not approve it; empty where unknown."""
+    mine = sql.and_(candidates.c.model_version == model_version, candidates.c.digest == digest)
+    asked = candidates.outerjoin(retrain_requests, candidates.c.retrain_id == retrain_requests.c.id)
+    query = sql.select(candidates.c.requested_by, retrain_requests.c.requested_by).select_from(asked).where(mine)
+    with store.reading() as connection:
+        return sorted({name for row in connection.execute(query) for name in row if name})
+
+
+def open_approval(store: Store, model_version: str, digest: str, not_by: Collection[str] = ()) -> dict[str, Any] | None:
     """The newest approval of this version with this digest that no promotion has used yet, or None; whether or not its
-    candidate is in the store. A champion that was rolled back must not come back on its old approval."""
+    candidate is in the store. A champion that was rolled back must not come back on its old approval.
+
+    Args:
+        not_by: people whose approvals do not count, see `requesters`.
+    """
     decided = approvals.c.decision.in_((APPROVE, "promote"))
     query = sql.select(approvals).where(approvals.c.model_version == model_version, decided)
     with store.reading() as connection:
-        last = connection.execute(query.order_by(approvals.c.id.desc()).limit(1)).mappings().first()
-    usable = last is not None and last["decision"] == APPROVE and last["gate"].get("digest") == digest
-    return dict(last) if usable else None
+        for row in connection.execute(query.order_by(approvals.c.id.desc())).mappings():
+            if row["decision"] != APPROVE or row["gate"].get("digest") != digest:
+                return None
+            if not is_one_of(row["approver"], not_by):
+                return dict(row)
+    return None

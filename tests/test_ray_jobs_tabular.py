@@ -205,3 +205,23 @@ def test_the_report_is_written(trained, home):
     assert set(report) == {"none", "patient"} and report["patient"]["out_of_fold"]["auc"]["value"] > 0.7
     for name in ("evaluation.png", "clinical.png"):
         assert (home / "runs" / "tabular" / "report" / name).stat().st_size > 10_000
+
+
+def test_a_retrained_model_is_compared_with_the_champion_on_the_gate_split(home, prepared, trained, tmp_path):
+    store_url = f"sqlite:///{tmp_path}/store.db"
+    rules = {"min_malignant": 5, "min_auc": 0.6, "min_auc_low": 0.5, "min_sensitivity": 0.3}
+    rules |= {"min_calibration_slope": 0.1, "max_calibration_slope": 10, "min_subgroup_sensitivity": None}
+    settings = {"rules": rules, "store_url": store_url, "engine_sets": str(tmp_path / "engines")}
+    settings |= {"approver": "tester", "reason": "test", **registry(home) | {"model_name": "pairs"}}
+    models = Registry(settings["tracking_uri"], "pairs", settings["artifact_root"])
+    again = train(home, prepared, "twin")
+    for number, bundle in enumerate((trained["bundle"], again["bundle"])):
+        models.log_candidate(bundle, f"run-{number}", {}, {})
+        result = promote_model.run(promote_model.PromoteModelConfig(dataset=str(home / "dataset"), **settings))
+    assert (result["champion"], result["previous"], result["paired"]) == ("2", "1", True)
+    rows = {(row["rule"], row["context"]): row for row in result["gate"]}
+    for context in ("none", "patient"):
+        # Trained twice alike: the same risks, so nothing lies between the models; and the bundle's figures hold here.
+        assert rows["max_pauc_drop", context]["value"] == pytest.approx(0, abs=1e-6)
+        assert rows["max_auc_mismatch", context]["value"] < 1e-6
+    assert not ray.is_initialized()

@@ -15,8 +15,8 @@ from serve.candidate_routes import add_candidate_routes
 from serve.http_errors import add_error_handlers
 from serve.retrain_routes import add_retrain_routes
 from store import audit_chain
-from store.candidates import mark_candidate, open_approval, record_candidate
-from store.tables import retrain_requests
+from store.candidates import mark_candidate, open_approval, record_candidate, requesters
+from store.tables import candidates, retrain_requests
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 GATE = {"none": {"auc": {"value": 0.91, "low": 0.88, "high": 0.93}}}
@@ -179,6 +179,40 @@ def test_what_was_decided_cannot_be_approved(routes, state):
     assert mark_candidate(routes.log.store, "4", DIGEST, state) is True
     problem(routes.approve(), 409, f"candidate 4 is {state} already")
     assert routes.log.store.approvals() == []
+
+
+@pytest.mark.parametrize("through", ["requested_by", "retrain_id"])
+def test_who_asked_for_a_training_cannot_approve_what_came_of_it(routes, through):
+    request_id = routes.retrain().json()["retrain_id"]
+    store = routes.log.store
+    record_candidate(store, "4", DIGEST, GATE)
+    with store.writing() as connection:
+        value = {"requested_by": "Ada", "retrain_id": request_id}[through]
+        connection.execute(sql.update(candidates).values({through: value}))
+    before = len(store.audit_entries())
+    for name in ("Ada", "ADA ", "Ada"):
+        routes.caller = Caller(name, "approver")
+        problem(routes.approve(), 409, "asked for candidate 4; expected another person's approval")
+    assert store.approvals() == []
+    refused = [(entry["actor"], entry["action"], entry["detail"]) for entry in store.audit_entries()[before:]]
+    expected = {"digest": DIGEST, "requested_by": ["Ada"]}
+    assert refused == [(name, "approval_refused", expected) for name in ("Ada", "ADA ", "Ada")]
+    routes.approve()
+    assert len(store.audit_entries()) == before + 3  # the same attempt again is the same refusal
+    routes.caller = Caller("Bob", "approver")
+    assert routes.approve().json()["approver"] == "Bob"
+    assert open_approval(store, "4", DIGEST, ["Bob"]) is None
+    assert open_approval(store, "4", DIGEST, ["Ada"])["approver"] == "Bob"
+    audit_chain.verify(store.audit_entries())
+
+
+def test_another_registrys_candidate_has_other_requesters(routes):
+    store = routes.log.store
+    record_candidate(store, "4", DIGEST, GATE)
+    with store.writing() as connection:
+        connection.execute(sql.update(candidates).values(requested_by="Ada"))
+    assert requesters(store, "4", DIGEST) == ["Ada"]
+    assert requesters(store, "4", OTHER) == requesters(store, "5", DIGEST) == []
 
 
 def test_a_version_of_another_registry_inherits_nothing(routes):

@@ -92,7 +92,9 @@ def expected_outputs(images: np.ndarray, num_classes: int = 2, seed: int = 0) ->
     return embedding @ head.T, embedding
 
 
-def write_contexts(directory: Path, task: TaskSpec, metrics: dict, contexts: list[str]) -> None:
+def write_contexts(
+    directory: Path, task: TaskSpec, metrics: dict, contexts: list[str], clinical: dict | None = None
+) -> None:
     from modeling.metadata_fusion import BoosterConfig, FusionConfig, fit_context_model
 
     rng = np.random.default_rng(0)
@@ -117,7 +119,9 @@ def write_contexts(directory: Path, task: TaskSpec, metrics: dict, contexts: lis
             0,
         )
         model.save(directory / "contexts" / context)
-        (directory / "contexts" / context / "metrics.json").write_text(json.dumps({"gate": metrics}))
+        (directory / "contexts" / context / "metrics.json").write_text(
+            json.dumps({"gate": metrics} | ({} if clinical is None else {"clinical": clinical}))
+        )
 
 
 def tiny_bundle(
@@ -128,26 +132,29 @@ def tiny_bundle(
     onnx_bias: float = 0.0,
     torch_bias: float = 0.0,
     abstention: AbstentionRule | None = None,
+    network_seed: int = 0,
+    clinical: dict | None = None,
     **fields,
 ) -> Bundle:
     """Writes a bundle into `directory` and opens it; `fields` override the manifest's.
 
     `onnx_bias` is the network's last bias, `torch_bias` that of the recorded answers: where they differ, parity breaks.
+    Another `network_seed` is another network; `clinical` goes beside the gate's metrics.
     """
     import pandas as pd
 
     contexts = contexts or ["image_only"]
     task = tiny_task(synthetic, "patient_id" if "patient" in contexts else None)
     directory.mkdir(parents=True)
-    write_onnx(directory / "image_scorer.onnx", bias=onnx_bias)
+    write_onnx(directory / "image_scorer.onnx", bias=onnx_bias, seed=network_seed)
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (16, SIZE, SIZE, 3), dtype=np.uint8)
-    logits, embedding = expected_outputs(images)
+    logits, embedding = expected_outputs(images, seed=network_seed)
     logits = logits + np.array([0.0, torch_bias], np.float32)
     np.savez_compressed(directory / "parity.npz", images=images, logits=logits, embedding=embedding)
     matrix = np.eye(EMBEDDING_DIM, 64, dtype=np.float32)
     np.savez_compressed(directory / "projection.npz", matrix=matrix, mean=np.zeros(EMBEDDING_DIM, np.float32))
-    write_contexts(directory, task, GATE_METRICS | (metrics or {}), contexts)
+    write_contexts(directory, task, GATE_METRICS | (metrics or {}), contexts, clinical)
     risk = rng.uniform(size=50)
     reference = {"group": np.arange(50), "label": "benign", "image_score": risk, "risk": risk}
     reference |= {f"risk_{context}": risk for context in contexts}
