@@ -41,9 +41,7 @@ def test_without_a_secret_there_is_no_signature():
     assert set(signed_headers("m", 1, b"", [])) == {"webhook-id", "webhook-timestamp"}
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_short", "whsec_!!!", "whsec_Zm9v"]
-)
+@pytest.mark.parametrize("text", ["", " ", SECRET.removeprefix("whsec_"), "whsec_short", "whsec_!!!", "whsec_Zm9v"])
 def test_a_secret_that_is_none_is_refused_and_not_told(text):
     with pytest.raises(ValueError, match="signing secret") as error:
         parse_secrets(text)
