@@ -24,6 +24,7 @@ from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
 from serve.settings import DriftLoggerSettings, StorageSettings
 from serve.shared_calls import SharedCalls
+from serve.store_gauges import StoreGauges
 from store.database import StoreUnavailableError
 from store.erased_patients import PatientErasedError
 from store.submissions import count_pending
@@ -128,6 +129,7 @@ class DriftLogger:
         self._sampler = Sampler(self._metrics)
         # There is one replica of this deployment: each figure of the store is exported once.
         self._sampler.add(self._count_submissions, blocking=True)
+        self._sampler.add(StoreGauges(self._log, self._metrics).read, blocking=True)
         # For the same reason, the images are swept and the alarms sent here.
         self._sweeper = ImageSweeper(self._log, DriftLoggerSettings.model_validate(settings or {}))
         self._alarm_sender = AlarmSender(self._log, ServiceAlarmSettings.model_validate(alarms or {}))
