@@ -17,10 +17,13 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, model_validator
 
 from modeling.bundle import Bundle, load_bundle
+from monitoring.alarm_channels import JobAlarmSettings
+from monitoring.alarm_delivery import AlarmDelivery
 from monitoring.alarms import drift_alarm, raise_alarm
 from monitoring.drift_report import STATISTICS_VERSION, DriftSettings, WindowDrift, judge_window, write_json
 from monitoring.prediction_log import read_window
 from ray_jobs.job import JobConfig, Location, run_job, say
+from store.alarm_topics import COOL_DOWN_H
 from store.database import Store, StoreUnavailableError, open_store
 
 MAX_WINDOWS = 3660
@@ -62,6 +65,7 @@ class CheckDriftConfig(JobConfig):
     bundle: Location | None = Field(None, description="a bundle's folder instead: checks every prediction against it")
     out: Location = Field("drift", description="folder of the reports")
     settings: DriftSettings = Field(default_factory=DriftSettings)
+    alarms: JobAlarmSettings = Field(default_factory=JobAlarmSettings)
     store_url: Location = "sqlite:///store.db"
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
@@ -115,12 +119,19 @@ def _digest(ids: Iterator[str], reference: str, watermark: int, settings: DriftS
 
 
 def check_window(
-    store: Store, bundle: Bundle, model_version: str | None, window: Window, out: Path, settings: DriftSettings
+    store: Store,
+    bundle: Bundle,
+    model_version: str | None,
+    window: Window,
+    out: Path,
+    settings: DriftSettings,
+    cool_down_h: float = COOL_DOWN_H,
 ) -> dict[str, Any]:
     """Judges one window, writes its reports, then its row, then its alarm; what is there already is left alone.
 
     Args:
         model_version: only its predictions count; None: all.
+        cool_down_h: see `raise_alarm`.
     """
     current = read_window(store, window.start_us, window.end_us)
     others = 0
@@ -169,7 +180,8 @@ def check_window(
         what = f"drift in {', '.join(verdict.drifted)}" if verdict.alarm else verdict.status
         say(f"{window.name}: {verdict.num_rows} predictions of {verdict.num_groups} patients, {what}")
     if verdict.alarm:
-        raise_alarm(store, drift_alarm(window.name, window.start_us, window.end_us, version, bundle.digest, verdict))
+        alarm = drift_alarm(window.name, window.start_us, window.end_us, version, bundle.digest, verdict)
+        raise_alarm(store, alarm, cool_down_h)
     return {
         "day": window.name,
         "rows": verdict.num_rows,
@@ -203,9 +215,13 @@ def run(config: CheckDriftConfig) -> dict[str, Any]:
     try:
         store = open_store(config.store_url, create=False)
         results = [
-            check_window(store, bundle, model_version, window, Path(config.out), config.settings)
+            check_window(
+                store, bundle, model_version, window, Path(config.out), config.settings, config.alarms.cool_down_h
+            )
             for window in windows(config.start, config.end)
         ]
+        # Also what a service that does not run left, or a check that was killed here.
+        deliveries = AlarmDelivery(store, config.alarms).deliver_for(config.alarms.deliver_for_s)
     except StoreUnavailableError as error:
         raise ValueError(str(error)) from error
     return {
@@ -213,6 +229,7 @@ def run(config: CheckDriftConfig) -> dict[str, Any]:
         "alarm": any(result["alarm"] for result in results),
         "drifted": list(dict.fromkeys(name for result in results for name in result["drifted"])),
         "html": results[-1]["html"],
+        "alarms_delivered": dict(deliveries),
         "windows": results,
     }
 

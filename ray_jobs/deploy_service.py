@@ -21,6 +21,7 @@ from data_pipelines.cluster_nodes import cluster_nodes
 from modeling.bundle import Bundle, load_bundle
 from modeling.engine_set import find_engine_set
 from modeling.registry import Registry, find_model
+from monitoring.alarm_channels import ServiceAlarmSettings
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, dermray_home, run_job, say
 from ray_jobs.model_swap import Deployed, running_service
 from ray_jobs.service_rollout import Rollout
@@ -69,6 +70,7 @@ class DeployServiceConfig(JobConfig):
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
     submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
+    alarms: ServiceAlarmSettings = Field(default_factory=ServiceAlarmSettings)
 
     @field_validator("host")
     @classmethod
@@ -184,6 +186,7 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         drift_logger=config.drift_logger,
         access=config.access,
         submissions=config.submissions,
+        alarms=config.alarms,
         runtime_env={
             "working_dir": release.as_uri(),
             "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},
@@ -261,6 +264,9 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
     check_room(settings, cluster_nodes())
     if not ipaddress.ip_address(config.host).is_loopback:
         say(f"{config.host} is reached from outside, and keys and pictures travel in clear: put TLS in front")
+    for channel in config.alarms.channels:
+        for name in channel.missing_variables():
+            say(f"alarms: channel {channel.name} needs {name} in the environment of the cluster's nodes; not set here")
     start_serve(config)
     rollout, previous = Rollout(config.url, config.ready_timeout_s), running_service()
     if shadow is not None:

@@ -32,6 +32,7 @@ class AlarmQuery(BaseModel):
 
     unacknowledged: bool = Field(False, description="only those that no one has acknowledged")
     kind: str | None = Field(None, examples=["missed_cancer"])
+    quieted: bool | None = Field(None, description="only those that repeat an earlier one; false: only the others")
     cursor: Cursor = None
     limit: Limit = 50
 
@@ -51,7 +52,8 @@ def add_alarm_routes(api: FastAPI, records: RecordService) -> None:
     async def alarms(query: Annotated[AlarmQuery, Query()]) -> AlarmPage:
         """Alarms, newest first, page by page."""
         after = decode_cursor(query.cursor, int)
-        rows = await records.alarms(query.unacknowledged, parse_text(query.kind, "kind"), after, query.limit + 1)
+        kind = parse_text(query.kind, "kind")
+        rows = await records.alarms(query.unacknowledged, kind, after, query.limit + 1, query.quieted)
         last = rows[query.limit - 1] if len(rows) > query.limit else None
         return AlarmPage(
             items=[Alarm.of(row) for row in rows[: query.limit]],
@@ -64,7 +66,7 @@ def add_alarm_routes(api: FastAPI, records: RecordService) -> None:
         alarm_id: Annotated[int, Path(ge=1, le=2**63 - 1)],
         body: AcknowledgeRequest | None = None,
     ) -> Alarm:
-        """Says that someone has seen an alarm; the first to do so stays on record."""
+        """Says that someone has seen an alarm, and those that it quiets; the first to do so stays on record."""
         comment = parse_text(body and body.comment, "comment", MAX_COMMENT_LENGTH, multiline=True)
         return Alarm.of(await records.acknowledge(alarm_id, caller_of(request).name, comment))
 

@@ -82,6 +82,8 @@ def build_app(
         settings.drift_logger.num_cpus,
         settings.storage.model_dump(),
         settings.drift_logger.model_dump(),
+        None,
+        settings.alarms.model_dump(),
         num_replicas=1,
         max_ongoing_requests=settings.drift_logger.max_ongoing_requests,
         **inner,

@@ -169,12 +169,17 @@ class AsyncDermrayClient:
         return await self._send(calls.label(prediction_id, label, labeller, confidence, comment, labelled_at))
 
     async def alarms(
-        self, *, unacknowledged: bool = False, kind: str | None = None, limit: int = 50
+        self,
+        *,
+        unacknowledged: bool = False,
+        kind: str | None = None,
+        quieted: bool | None = None,
+        limit: int = 50,
     ) -> AsyncIterator[Alarm]:
         """See `DermrayClient.alarms`."""
         cursor = None
         while True:
-            page = await self._send(calls.alarm_page(unacknowledged, kind, limit, cursor))
+            page = await self._send(calls.alarm_page(unacknowledged, kind, quieted, limit, cursor))
             for item in page.items:
                 yield item
             if (cursor := page.next_cursor) is None:

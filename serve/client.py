@@ -203,11 +203,19 @@ class DermrayClient:
         """Stores an expert's label; what the labeller's latest one says already is not stored again."""
         return self._send(calls.label(prediction_id, label, labeller, confidence, comment, labelled_at))
 
-    def alarms(self, *, unacknowledged: bool = False, kind: str | None = None, limit: int = 50) -> Iterator[Alarm]:
-        """Alarms, newest first; read page by page, `limit` alarms each."""
+    def alarms(
+        self,
+        *,
+        unacknowledged: bool = False,
+        kind: str | None = None,
+        quieted: bool | None = None,
+        limit: int = 50,
+    ) -> Iterator[Alarm]:
+        """Alarms, newest first; read page by page, `limit` alarms each. `quieted`: only those that repeat an earlier
+        one, or only the others."""
         cursor = None
         while True:
-            page = self._send(calls.alarm_page(unacknowledged, kind, limit, cursor))
+            page = self._send(calls.alarm_page(unacknowledged, kind, quieted, limit, cursor))
             yield from page.items
             if (cursor := page.next_cursor) is None:
                 return

@@ -213,8 +213,11 @@ def label(
     return Call("POST", "/v1/labels", _into(Label), {"json": _given(body)})
 
 
-def alarm_page(unacknowledged: bool, kind: str | None, limit: int, cursor: str | None) -> Call[AlarmPage]:
-    params = _given({"unacknowledged": unacknowledged, "kind": kind, "limit": limit, "cursor": cursor})
+def alarm_page(
+    unacknowledged: bool, kind: str | None, quieted: bool | None, limit: int, cursor: str | None
+) -> Call[AlarmPage]:
+    filters = {"unacknowledged": unacknowledged, "kind": kind, "quieted": quieted}
+    params = _given({**filters, "limit": limit, "cursor": cursor})
     return Call("GET", "/v1/alarms", _into(AlarmPage), {"params": params})
 
 

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.alarm_channels import ServiceAlarmSettings
 from monitoring.prediction_log import PredictionLog, PredictionRecord
+from serve.alarm_sender import AlarmSender
 from serve.image_sweeper import ImageSweeper
 from serve.metrics import LOG_COMMIT_ROWS, LOG_COMMIT_SECONDS, SUBMISSIONS_PENDING, Recorder, replica_metrics
 from serve.private_ports import listen_on_node_address
@@ -22,6 +24,7 @@ from serve.request_ids import show_ids_in_log, watched_call
 from serve.sampling import Sampler
 from serve.settings import DriftLoggerSettings, StorageSettings
 from serve.shared_calls import SharedCalls
+from serve.store_gauges import StoreGauges
 from store.database import StoreUnavailableError
 from store.erased_patients import PatientErasedError
 from store.submissions import count_pending
@@ -114,7 +117,11 @@ class DriftLogger:
     """Deployment around `DriftLoggerLogic`: one replica, whose calls share commits."""
 
     def __init__(
-        self, storage: dict[str, Any], settings: dict[str, Any] | None = None, metrics: Recorder | None = None
+        self,
+        storage: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+        metrics: Recorder | None = None,
+        alarms: dict[str, Any] | None = None,
     ):
         self._log = open_log(StorageSettings.model_validate(storage))
         self._logic = DriftLoggerLogic(self._log)
@@ -122,8 +129,10 @@ class DriftLogger:
         self._sampler = Sampler(self._metrics)
         # There is one replica of this deployment: each figure of the store is exported once.
         self._sampler.add(self._count_submissions, blocking=True)
-        # For the same reason, the images are swept here.
+        self._sampler.add(StoreGauges(self._log, self._metrics).read, blocking=True)
+        # For the same reason, the images are swept and the alarms sent here.
         self._sweeper = ImageSweeper(self._log, DriftLoggerSettings.model_validate(settings or {}))
+        self._alarm_sender = AlarmSender(self._log, ServiceAlarmSettings.model_validate(alarms or {}))
         show_ids_in_log()
         listen_on_node_address()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -131,12 +140,14 @@ class DriftLogger:
 
     def __del__(self) -> None:
         # Serve calls it before it ends a replica, also one whose constructor failed.
-        if hasattr(self, "_sweeper"):
-            self._sweeper.stop()
+        for name in ("_sweeper", "_alarm_sender"):
+            if hasattr(self, name):
+                getattr(self, name).stop()
 
     def _start_background(self) -> None:
         self._sampler.start()
         self._sweeper.start()
+        self._alarm_sender.start()
 
     def _count_submissions(self) -> None:
         for state, number in count_pending(self._log.store).items():

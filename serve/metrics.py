@@ -120,6 +120,39 @@ LOG_SPOOL_PENDING = Metric(
 SUBMISSIONS_PENDING = Metric(
     "dermray_submissions_pending", "gauge", "Submissions in the store that are not settled.", ("state",)
 )
+ALARMS_UNACKNOWLEDGED = Metric(
+    "dermray_alarms_unacknowledged",
+    "gauge",
+    "Alarms that no one has acknowledged, without those that an earlier one quiets.",
+    ("kind", "severity"),
+)
+ALARM_DELIVERIES = Metric(
+    "dermray_alarm_deliveries",
+    "gauge",
+    "Alarms that a channel has not taken: pending, to be tried again, or failed, given up.",
+    ("channel", "state"),
+)
+LABELS = Metric("dermray_labels", "gauge", "Experts' labels in the store; malignant: true or false.", ("malignant",))
+DRIFT_REPORT_AGE_SECONDS = Metric(
+    "dermray_drift_report_age_seconds",
+    "gauge",
+    "Time since the end of the newest window that was checked for drift.",
+    ("model_version",),
+)
+DRIFT_ALARM = Metric("dermray_drift_alarm", "gauge", "1 if that window drifted, else 0.", ("model_version",))
+DRIFT_FEATURES = Metric("dermray_drift_features", "gauge", "What drifted in that window.", ("model_version",))
+DRIFT_DISTANCE_RATIO = Metric(
+    "dermray_drift_distance_ratio",
+    "gauge",
+    "Largest distance of a feature in that window, as a part of its threshold; 1 is drift.",
+    ("model_version",),
+)
+DRIFT_EMBEDDING_AUC = Metric(
+    "dermray_drift_embedding_auc",
+    "gauge",
+    "How well that window's embeddings are told from the reference's; 0.5: not at all.",
+    ("model_version",),
+)
 MODEL_INFO = Metric(
     "dermray_model_info",
     "gauge",
@@ -143,6 +176,14 @@ METRICS: tuple[Metric, ...] = (
     LOG_SPOOLING,
     LOG_SPOOL_PENDING,
     SUBMISSIONS_PENDING,
+    ALARMS_UNACKNOWLEDGED,
+    ALARM_DELIVERIES,
+    LABELS,
+    DRIFT_REPORT_AGE_SECONDS,
+    DRIFT_ALARM,
+    DRIFT_FEATURES,
+    DRIFT_DISTANCE_RATIO,
+    DRIFT_EMBEDDING_AUC,
     MODEL_INFO,
 )
 
@@ -158,6 +199,10 @@ class Recorder(Protocol):
         """
         ...
 
+    def forget(self, metric: Metric, *labels: str) -> None:
+        """A gauge of these labels is not told any more, and so gone after two of Ray's intervals."""
+        ...
+
     def flush(self) -> None:
         """Passes on what was recorded; to be called every few seconds."""
         ...
@@ -167,6 +212,9 @@ class NoMetrics:
     """Records nothing."""
 
     def record(self, metric: Metric, value: float, *labels: str) -> None:
+        pass
+
+    def forget(self, metric: Metric, *labels: str) -> None:
         pass
 
     def flush(self) -> None:
@@ -219,6 +267,10 @@ class RayMetrics:
                 counts, total = self._histograms[series]
                 counts[bisect.bisect_left(metric.buckets, value)] += 1
                 total[0] += value
+
+    def forget(self, metric: Metric, *labels: str) -> None:
+        with self._lock:
+            self._gauges.pop((metric, labels), None)
 
     def flush(self) -> None:
         with self._lock:

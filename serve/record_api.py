@@ -73,6 +73,9 @@ _ALARM = {
     "detail": {"prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e", "risk": 0.002, "threshold": 0.0105},
     "acknowledged_at": None,
     "acknowledged_by": None,
+    "topic": "missed_cancer:6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
+    "quieted_by": None,
+    "deliveries": {"oncall": "sent"},
 }
 _SUMMARY = {
     "start": "2024-05-03T09:30:00Z",
@@ -228,6 +231,13 @@ class Alarm(BaseModel):
     detail: dict[str, Any]
     acknowledged_at: datetime | None
     acknowledged_by: str | None
+    topic: str | None = Field(None, description="what it is about")
+    quieted_by: int | None = Field(
+        None, description="the earlier alarm of this topic that said as much; an alarm that has one is not sent"
+    )
+    deliveries: dict[str, str] = Field(
+        {}, description="by channel: pending, sent, failed (given up), or skipped (older than the channel)"
+    )
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Alarm:
@@ -300,7 +310,9 @@ class MonitoringSummary(BaseModel):
         description="mean, median and p95 of the time to the commit, over the newest 10000 records of the window"
     )
     drift: list[DriftState] = Field(description="latest report per model, also from before the window")
-    unacknowledged_alarms: dict[str, int] = Field(description="by kind, also from before the window")
+    unacknowledged_alarms: dict[str, int] = Field(
+        description="by kind, also from before the window; without those that an earlier one quiets"
+    )
     labels: int = Field(description="labels dated within the window")
     missed_cancers: int = Field(description="alarms raised within the window")
     shadow: list[ShadowAgreement] = Field(description="per champion and shadow that scored lesions of the window")

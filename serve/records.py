@@ -113,10 +113,15 @@ class RecordService:
         raise not_found(f"prediction_id: {prediction_id!r} is not in the log: never made, or erased")
 
     async def alarms(
-        self, unacknowledged: bool, kind: str | None, after: tuple[int, int] | None, limit: int
+        self,
+        unacknowledged: bool,
+        kind: str | None,
+        after: tuple[int, int] | None,
+        limit: int,
+        quieted: bool | None = None,
     ) -> list[dict[str, Any]]:
         """See `alarms_page`."""
-        return await self._call(alarms_page, unacknowledged, kind, after, limit)
+        return await self._call(alarms_page, unacknowledged, kind, after, limit, quieted)
 
     async def acknowledge(self, alarm_id: int, actor: str, comment: str | None) -> dict[str, Any]:
         """See `acknowledge_alarm`.

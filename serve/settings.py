@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from monitoring.alarm_channels import ServiceAlarmSettings
+
 APP_NAME = "dermray"
 
 # What a replica's process needs to have in its environment, whatever the cluster's. In throughput mode replicas talk
@@ -221,6 +223,7 @@ class ServeSettings(_Settings):
     drift_logger: DriftLoggerSettings = Field(default_factory=DriftLoggerSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
     submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
+    alarms: ServiceAlarmSettings = Field(default_factory=ServiceAlarmSettings)
     runtime_env: dict[str, Any] | None = Field(None, description="code and environment of every replica")
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
 from store import audit_chain
+from store.alarm_topics import insert_alarm
 from store.connection import ADVISORY_LOCK, connect, connect_as_found
 from store.erased_patients import ROWS_ERASED, audit_subject, find_late, keep_erasures_out
 from store.errors import StoreUnavailableError as StoreUnavailableError
@@ -257,11 +258,9 @@ class Store:
             return [_row(row) for row in connection.execute(query).mappings()]
 
     def raise_alarm(self, row: dict[str, Any]) -> bool:
-        """Stores an alarm unless its `dedupe_key` is known; returns whether it is new."""
-        # RETURNING, because with an id that the database gives, psycopg has no row count.
-        statement = self._insert(alarms).values(**{"raised_at": now_us(), **row})
+        """Stores an alarm unless its `dedupe_key` is known; returns whether it is new. See `insert_alarm`."""
         with self.writing() as connection:
-            return connection.execute(statement.on_conflict_do_nothing().returning(alarms.c.id)).first() is not None
+            return insert_alarm(connection, row) is not None
 
     def alarms(self, unacknowledged_only: bool = False) -> list[dict[str, Any]]:
         """Alarms, newest first."""

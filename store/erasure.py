@@ -171,6 +171,7 @@ def _blank_alarms(connection: Connection, prediction_ids: sql.Select) -> int:
     keys = prediction_ids.with_only_columns(sql.literal(f"{MISSED_CANCER}:") + predictions.c.id)
     changes = {
         "dedupe_key": sql.literal(f"{MISSED_CANCER}:erased:") + sql.cast(alarms.c.id, sql.String),
+        "topic": None,
         "message": "missed cancer: the patient's records were erased",
         "detail": {"erased": True},
     }

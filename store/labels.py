@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, RowMapping
 
+from store.alarm_topics import insert_alarm
 from store.database import Store
 from store.erased_patients import keep_erasures_out
-from store.tables import alarms, labels, now_us, predictions
+from store.tables import labels, now_us, predictions
 
 MISSED_CANCER = "missed_cancer"
 
@@ -89,9 +90,7 @@ def add_label(store: Store, label: NewLabel, actor: str) -> AddedLabel | None:
         store._append_audit(connection, actor, "label", f"prediction/{label.prediction_id}", detail)
         alarm = _missed_cancer_alarm(prediction, row) if _missed(prediction, label) else None
         if alarm is not None:
-            # RETURNING, because with an id that the database gives, psycopg has no row count.
-            statement = store._insert(alarms).values(**alarm).on_conflict_do_nothing().returning(alarms.c.id)
-            alarm = alarm if connection.execute(statement).first() is not None else None
+            alarm = insert_alarm(connection, alarm)
         return AddedLabel(row, True, alarm)
 
 
@@ -115,6 +114,7 @@ def _missed(prediction: RowMapping, label: NewLabel) -> bool:
 def _missed_cancer_alarm(prediction: RowMapping, label: dict[str, Any]) -> dict[str, Any]:
     return {
         "dedupe_key": missed_cancer_key(prediction["id"]),
+        "topic": missed_cancer_key(prediction["id"]),
         "kind": MISSED_CANCER,
         "severity": "critical",
         "raised_at": now_us(),

@@ -27,7 +27,8 @@ def monitoring_summary(store: Store, end_us: int, hours: int) -> dict[str, Any]:
     Keys: `start_us`, `end_us`, `predictions`, `abstained`, `by_band`, `by_model_version`, `abstention_reasons` (one
     record may have several), `per_hour` (`hours` entries, oldest first: `start_us`, `predictions`, `abstained`),
     `total_ms` (mean, median and p95 of the newest `TIMED_PREDICTIONS` records; None without any), `drift` (latest
-    report per model, of any time), `unacknowledged_alarms` (by kind, of any time), `labels`, `missed_cancers` (alarms),
+    report per model, of any time), `unacknowledged_alarms` (by kind, of any time, without those that an earlier one
+    quiets), `labels`, `missed_cancers` (alarms),
     `shadow` (`ShadowAgreement` by champion and shadow, their ranks over the newest `TIMED_PREDICTIONS` pairs).
     """
     start_us = end_us - hours * HOUR_US
@@ -116,7 +117,9 @@ def _drift(connection: Connection) -> list[dict[str, Any]]:
 
 def _unacknowledged(connection: Connection) -> dict[str, int]:
     query = (
-        sql.select(alarms.c.kind, sql.func.count()).where(alarms.c.acknowledged_at.is_(None)).group_by(alarms.c.kind)
+        sql.select(alarms.c.kind, sql.func.count())
+        .where(alarms.c.acknowledged_at.is_(None), alarms.c.quieted_by.is_(None))
+        .group_by(alarms.c.kind)
     )
     return {kind: count for kind, count in connection.execute(query)}
 

@@ -19,6 +19,10 @@ class Figures:
         assert all(isinstance(label, str) for label in labels), labels
         self._values[metric.name, labels].append(value)
 
+    def forget(self, metric: Metric, *labels: str) -> None:
+        assert metric.kind == "gauge"
+        self._values.pop((metric.name, labels), None)
+
     def flush(self) -> None:
         self.flushed += 1
 

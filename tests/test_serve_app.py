@@ -24,7 +24,10 @@ from local.jobs import run_job_on
 from ray_jobs.deploy_service import DeployServiceConfig, run
 from serve.drift_logger import open_log
 from serve.settings import StorageSettings
+from store.alarm_deliveries import Subscription, claim_delivery
+from store.tables import now_us
 from tests.bundle_factory import lesion_image, served_bundle
+from tests.monitoring_files import metric_names
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -224,10 +227,15 @@ def test_replicas_carry_the_code_of_the_release_and_nothing_of_training(service)
         assert home == str(service.home)
 
 
-def exported(service: Service) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """What Prometheus scrapes from the node: labels and values by name, of the service's own figures."""
+def scraped(service: Service) -> str:
+    """What Prometheus scrapes from the node."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
-    text = service.client.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    return service.client.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+
+
+def exported(service: Service) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Labels and values by name, of the service's own figures."""
+    text = scraped(service)
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for name, labels, value in re.findall(r"^(ray_dermray_\w+)(?:\{(.*)\})? (\S+)", text, re.MULTILINE):
         found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
@@ -273,6 +281,37 @@ def test_the_nodes_tell_prometheus_what_they_do(service):
     assert held >= {(node, version) for node in ("Ingress", "ImageScorer", "MetadataFusion")}
     assert {value for _, value in now["ray_dermray_log_spooling"]} == {0}
     assert all(row["replica"] for row, _ in now["ray_dermray_admission_inside"])
+
+
+# Told once they have happened: a lesion without a risk, a refusal at the door.
+NOT_ALWAYS = {"ray_dermray_abstentions_total", "ray_dermray_admission_refusals_total"}
+
+
+def test_prometheus_finds_every_figure_that_the_rules_and_the_dashboard_ask_for(service):
+    store = open_log(service.storage).store
+    alarm = {"dedupe_key": "watched", "kind": "drift", "severity": "warning", "message": "m", "detail": {}}
+    store.raise_alarm(alarm)
+    claim_delivery(store, Subscription("watched"), 3_600_000_000, 9, 3_600_000_000)
+    statistics = {"features": [{"distance": 0.1, "threshold": 0.2}], "embedding": {"auc": 0.5}}
+    window = {"window_start": now_us() - 1, "window_end": now_us(), "model_version": "watched", "reference": "r"}
+    verdict = {"status": "ok", "alarm": False, "drifted": [], "statistics": statistics}
+    counts = {"label_watermark": 0, "num_rows": 9, "num_groups": 9, "input_digest": "d", "report": None}
+    store.upsert_drift_report({**window, **verdict, **counts})
+    assert service.predict(320).status_code == 200
+    assert service.client.post(f"{service.url}/v1/predict", files={"image": ("x", b"text")}).status_code == 415
+    asked = metric_names() - NOT_ALWAYS
+    assert len(asked) > 30
+
+    def missing() -> set[str]:
+        return asked - set(re.findall(r"^(ray_\w+)", scraped(service), re.MULTILINE))
+
+    # The store is read every 30 s, and Ray exports every 10.
+    deadline = time.monotonic() + 90
+    while missing() and time.monotonic() < deadline:
+        time.sleep(1)
+    assert missing() == set()
+    (row,) = [row for row, _ in exported(service)["ray_dermray_alarms_unacknowledged"] if row["kind"] == "drift"]
+    assert row["severity"] == "warning"
 
 
 def test_a_request_is_found_by_its_id_in_the_logs_of_the_nodes_that_it_went_through(service):

@@ -26,6 +26,7 @@ from serve.metrics import (
     ADMISSION_INSIDE,
     ADMISSION_REFUSALS,
     ADMISSION_WAITING,
+    ALARMS_UNACKNOWLEDGED,
     LOG_COMMIT_ROWS,
     LOG_COMMIT_SECONDS,
     LOG_SPOOL_PENDING,
@@ -361,6 +362,20 @@ def test_ray_takes_every_metric_with_its_labels(monkeypatch):
         tags = dict(zip(metric.tag_keys, (*metric.labels, "r1"), strict=False))
         name = metric.name if metric.kind != "histogram" else f"{metric.name}_sum"
         assert told(name, **tags) == 1.5, metric.name
+
+
+def test_a_gauge_that_is_forgotten_is_told_no_more(monkeypatch):
+    told, metrics = Told(monkeypatch), RayMetrics("r1")
+    for kind in ("drift", "missed_cancer"):
+        metrics.record(ALARMS_UNACKNOWLEDGED, 2, kind, "warning")
+    metrics.flush()
+    assert told("dermray_alarms_unacknowledged", kind="drift", severity="warning") == 2
+    metrics.forget(ALARMS_UNACKNOWLEDGED, "drift", "warning")
+    metrics.forget(ALARMS_UNACKNOWLEDGED, "never", "told")
+    told.values.clear()
+    metrics.flush()
+    assert told("dermray_alarms_unacknowledged", kind="missed_cancer", severity="warning") == 2
+    assert len(told.values) == 1
 
 
 def test_threads_lose_no_count(monkeypatch):

@@ -280,6 +280,32 @@ def test_a_wrong_label_is_a_4xx_and_leaves_nothing(served, body, status, text):
     assert served.get("/v1/predictions/a").json()["labels"] == []
 
 
+def test_alarms_that_repeat_an_earlier_one_are_told_apart(served):
+    alarm = {
+        "kind": "drift",
+        "severity": "warning",
+        "message": "m",
+        "detail": {"drifted": ["red"]},
+        "topic": "drift:1:a",
+    }
+    for index in range(3):
+        served.log.store.raise_alarm({**alarm, "dedupe_key": f"k{index}", "raised_at": OLD + index})
+
+    def listed(**filters):
+        items = served.get("/v1/alarms", **filters).json()["items"]
+        return [(item["id"], item["quieted_by"]) for item in items]
+
+    assert listed() == [(3, 1), (2, 1), (1, None)]
+    assert listed(quieted=True) == [(3, 1), (2, 1)] and listed(quieted=False) == [(1, None)]
+    page = served.get("/v1/alarms", quieted=True, limit=1).json()
+    assert page["items"][0]["topic"] == "drift:1:a" and page["items"][0]["deliveries"] == {}
+    rest = served.get("/v1/alarms", quieted=True, limit=1, cursor=page["next_cursor"]).json()
+    assert [item["id"] for item in rest["items"]] == [2] and rest["next_cursor"] is None
+    assert served.client.post("/v1/alarms/1/acknowledge").status_code == 200
+    assert listed(unacknowledged=True) == []
+    problem(served.get("/v1/alarms", quieted="perhaps"), 422, "quieted")
+
+
 def test_an_alarm_is_acknowledged_once_by_name(served):
     for index in range(3):
         alarm = {"dedupe_key": f"k{index}", "kind": f"kind{index}", "severity": "warning", "message": "m"}
