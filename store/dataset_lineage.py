@@ -59,7 +59,8 @@ def register_dataset_version(
         connection.execute(statement.on_conflict_do_nothing())
         known = dataset_versions.c.digest == digest
         again = sql.update(dataset_versions).where(known, dataset_versions.c.state == DELETED)
-        connection.execute(again.values(state=BUILDING, deleted_at=None))
+        # Anew, also to an erasure that looks for versions made since the one before.
+        connection.execute(again.values(state=BUILDING, deleted_at=None, created_at=now_us()))
         connection.execute(sql.update(dataset_versions).where(known).values(path=path))
         rows = [{"dataset_digest": digest, **member._asdict()} for member in members]
         for chunk in _chunks(rows):
