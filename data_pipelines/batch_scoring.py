@@ -10,6 +10,7 @@ import ray.data
 
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.image_dataset import read_images, task_cpus
+from data_pipelines.image_reader import JoinedFiles
 from modeling.embedding_distance import EmbeddingDistance
 from modeling.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -80,7 +81,7 @@ class ScoringOptions:
 
 
 def stream_scores(
-    images_path: str, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
+    images_path: str | JoinedFiles, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
 ) -> Iterator[ScoredImages]:
     """Scores `rows` of an HDF5 file with an exported network and yields them batch by batch, in the file's order, so
     that memory does not grow with their number. `ScoredImages.row` says which rows a batch holds.
@@ -115,7 +116,7 @@ def stream_scores(
 
 
 def score_images(
-    images_path: str, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
+    images_path: str | JoinedFiles, rows: ImageRows, onnx_path: str, input_size: int, options: ScoringOptions
 ) -> ScoredImages:
     """`stream_scores` in one piece, in the order of `rows`; for sets that fit in memory."""
     parts = list(stream_scores(images_path, rows, onnx_path, input_size, options))

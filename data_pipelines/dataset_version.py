@@ -21,15 +21,19 @@ import pandas as pd
 
 from data_pipelines.hdf5_index import Hdf5Index, images_bytes, images_location, open_hdf5
 from data_pipelines.image_check import check_images, kept_index
+from data_pipelines.label_additions import LabelAdditions, sync_files
 from data_pipelines.metadata_table import QuarantinedRow, read_metadata
 from data_pipelines.progress import Progress
 from data_pipelines.split_report import class_counts, report_lines, split_report
 from data_pipelines.stratified_folds import GATE_FOLD, assign_folds, check_groups, folds_by_value
 from modeling.schema import TaskSpec
+from store.dataset_lineage import PredictionsGoneError
+from store.synced_files import sync_folder
 
 # Part of the digest: raise it when the same input would give another table.
 FORMAT_VERSION = 2
 SYNTHETIC_ATTRIBUTION = "synthetic (dermray make_sample)"
+TABLE = "lesions.parquet"
 HASH_CHUNK_BYTES = 16 * 2**20
 
 
@@ -58,10 +62,14 @@ def prepare_version(
     split: SplitSettings,
     decode_check: bool,
     say: Callable[[str], None],
+    additions: LabelAdditions | None = None,
 ) -> dict[str, Any]:
     """Writes `<out>/<digest[:12]>/` and points `<out>/LATEST` at it; an existing version of the same digest is kept.
 
     Without `images` every usable row is kept, and models of the version see metadata alone.
+
+    Args:
+        additions: labelled production lesions that the version has as well.
 
     Returns:
         {"dataset": folder, "digest", "num_rows", "num_quarantined", "class_counts", "reused": bool, ...}.
@@ -69,7 +77,11 @@ def prepare_version(
     Raises:
         ValueError: unreadable files, missing columns, no usable row, a class too small for the folds, or a group that
             spans two folds.
+        PredictionsGoneError, PictureGoneError: of `additions`, some were erased meanwhile; nothing of them is left in
+            `out`. Call it again.
     """
+    if additions is not None and images is not None and not decode_check:
+        raise ValueError("add_labels needs decode_check = true, which tells whether the base has a picture already")
     if images is not None:
         open_hdf5(images).close()
     elif not task.columns:
@@ -83,11 +95,16 @@ def prepare_version(
         raise ValueError(f"fold_by = {split.fold_by!r}: expected a column that the task names, of {list(table)[4:]}")
     image_hash = {} if images is None else {"images_sha256": file_sha256(images, say)}
     hashes = {**image_hash, "metadata_sha256": file_sha256(metadata)}
-    digest = _digest(task, split, decode_check, hashes)
+    base_digest = digest = _digest(task, split, decode_check, hashes)
+    if additions is not None:
+        additions.find(task, table, images is not None, say)
+        digest = additions.digest(base_digest)
     folder = Path(out) / digest[:12]
     if (folder / "dataset.json").exists():
         facts = _reuse(folder, images, digest)
         say(f"{folder} has the same content already; nothing to do")
+        if additions is not None:
+            additions.register(digest, base_digest, folder, pd.read_parquet(folder / TABLE))
     else:
         # Named by what it depends on, so that another attempt goes on with it, also one with other folds.
         checked = json.dumps([FORMAT_VERSION, task.model_dump(mode="json"), hashes], sort_keys=True)
@@ -103,6 +120,9 @@ def prepare_version(
             table, quarantine = _match_images(table, quarantine, index, metadata)
             if decode_check:
                 table, quarantine = _quarantine_undecodable(table, quarantine, index, metadata, work, say)
+        if additions is not None:
+            table, left_out = additions.join(table, images, task, say)
+            quarantine = quarantine + left_out
         folds, fold_names = _folds(table, task, split, say)
         table.insert(4, "fold", folds)
         facts = {
@@ -121,14 +141,26 @@ def prepare_version(
             "synthetic": task.synthetic,
         }
         report = split_report(table, quarantine, task, fold_names)
-        _write(folder, table, quarantine, facts, report)
+        if additions is not None:
+            facts |= {"parent_digest": base_digest, "added": additions.summary}
+            report["added"] = additions.summary
+            # Before a picture is copied: from here on an erasure finds the version.
+            additions.register(digest, base_digest, folder, table)
+        _write(folder, table, quarantine, facts, report, additions)
         shutil.rmtree(work, ignore_errors=True)
         for line in report_lines(report):
             say(line)
         say(f"wrote {folder}: {len(table)} rows, {len(quarantine)} quarantined")
+    if additions is not None:
+        try:
+            additions.finish(digest, facts["num_rows"])
+        except PredictionsGoneError:
+            shutil.rmtree(folder)
+            raise
     _replace_text(Path(out) / "LATEST", folder.name + "\n")
     shown = ("digest", "num_rows", "num_quarantined", "num_folds", "class_counts", "synthetic")
-    return {"dataset": str(folder), **{name: facts[name] for name in shown}}
+    added = {} if additions is None else {"added": facts["added"], "parent_digest": base_digest}
+    return {"dataset": str(folder), **{name: facts[name] for name in shown}, **added}
 
 
 def file_sha256(path: str | Path, say: Callable[[str], None] = lambda line: None) -> str:
@@ -244,12 +276,23 @@ def _write(
     quarantine: list[QuarantinedRow],
     facts: dict[str, Any],
     report: dict[str, Any],
+    additions: LabelAdditions | None,
 ) -> None:
     """Writes beside the final place and renames, so that a version is whole or absent."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
+    if additions is not None:
+        # Of attempts that were cut off: they may hold pictures.
+        for leftover in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(leftover)
     staging.mkdir(parents=True)
-    table.to_parquet(staging / "lesions.parquet", index=False)
+    try:
+        if additions is not None:
+            additions.write(staging, table)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    table.to_parquet(staging / TABLE, index=False)
     rows = sorted(quarantine)
     pd.DataFrame(rows, columns=list(QuarantinedRow._fields)).to_csv(staging / "quarantine.csv", index=False)
     (staging / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -257,7 +300,12 @@ def _write(
     if folder.exists():
         # Without dataset.json it was never a version; a finished one is reused before this point.
         shutil.rmtree(folder)
+    if additions is not None:
+        sync_files(staging)
+        sync_folder(staging)
     os.rename(staging, folder)
+    if additions is not None:
+        sync_folder(folder.parent)
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from ray.data.datasource import ReadTask
 from ray.data.extensions import ArrowTensorArray
 
 from data_pipelines.augmentation import AugmentationConfig, build_augmentation
-from data_pipelines.image_reader import ImageReader
+from data_pipelines.image_reader import ImageReader, JoinedFiles
 from modeling.preprocessing import UndecodableImageError, decode_image, image_quality, resize
 
 # Blocks of 512 pictures at 128 px; larger pictures get fewer, so that a block stays the same size in memory.
@@ -78,7 +78,7 @@ class LesionImageDatasource(Datasource):
     `image` is a uint8 tensor column (N, S, S, 3); `row` the int64 position in `rows`.
 
     Args:
-        images_path: HDF5 file, a local path or a URL.
+        images_path: HDF5 file, a local path or a URL, or two joined ones.
         rows: the rows that may be read.
         recipe: decode recipe.
         order: called once per execution, returns (epoch, int64 positions to read in this order); None reads all
@@ -87,7 +87,7 @@ class LesionImageDatasource(Datasource):
 
     def __init__(
         self,
-        images_path: str,
+        images_path: str | JoinedFiles,
         rows: ImageRows,
         recipe: DecodeRecipe,
         order: Callable[[], tuple[int, np.ndarray]] | None = None,
@@ -164,7 +164,7 @@ class _ReadRows:
 
     def __init__(
         self,
-        path: str,
+        path: str | JoinedFiles,
         rows: ImageRows,
         positions: np.ndarray,
         recipe: DecodeRecipe,

@@ -15,6 +15,7 @@ from data_pipelines.epoch_sampling import EpochCursor, EpochOrder, SamplingConfi
 from data_pipelines.executor_pacing import PauseUnderBackpressure
 from data_pipelines.hdf5_datasource import DecodeRecipe, ImageRows, LesionImageDatasource
 from data_pipelines.hdf5_index import images_bytes, is_url
+from data_pipelines.image_reader import ADDED_IMAGES, JoinedFiles
 from data_pipelines.stratified_folds import GATE_FOLD
 from modeling.schema import TaskSpec
 
@@ -29,7 +30,8 @@ class DatasetVersion:
         path: its folder.
         task: columns and classes.
         digest: sha256 over content; names the folder.
-        images_path: the HDF5 file its byte ranges point into; None for a data set of metadata alone.
+        images_path: the HDF5 file its byte ranges point into, joined with the version's own where labelled pictures
+            were added; None for a data set of metadata alone.
         lesions: one row per usable image: id, group, context, label, fold (-1 = gate split), offset, size (not of
             metadata alone), columns.
         num_folds: cross-validation folds.
@@ -38,7 +40,7 @@ class DatasetVersion:
     path: Path
     task: TaskSpec
     digest: str
-    images_path: str | None
+    images_path: str | JoinedFiles | None
     lesions: pd.DataFrame
     num_folds: int
 
@@ -91,12 +93,19 @@ def open_dataset(location: str | Path) -> DatasetVersion:
         raise ValueError(f"dataset {location}: its image file {images} does not exist any more")
     if images is not None and images_bytes(images) != facts["images_bytes"]:
         raise ValueError(f"dataset {location}: its image file {images} has changed; run prepare_dataset again")
+    lesions = pd.read_parquet(path / "lesions.parquet")
+    if "added" in lesions:
+        own = lesions.pop("added").to_numpy(bool)
+        if images is not None:
+            # In the table the ranges of added pictures are those of their own file, which can be written anew.
+            images = JoinedFiles(images, facts["images_bytes"], str((path / ADDED_IMAGES).resolve()))
+            lesions.loc[own, "offset"] += facts["images_bytes"]
     return DatasetVersion(
         path=path,
         task=TaskSpec.model_validate(facts["task"]),
         digest=facts["digest"],
         images_path=images,
-        lesions=pd.read_parquet(path / "lesions.parquet"),
+        lesions=lesions,
         num_folds=int(facts["num_folds"]),
     )
 

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -14,6 +15,8 @@ import numpy as np
 
 from data_pipelines.hdf5_index import is_url, open_hdf5
 
+ADDED_IMAGES = "added.hdf5"
+"""In a data set version's folder: the labelled pictures that it adds."""
 # One request to an object store takes as long as some hundred kilobytes: ranges this near are fetched together.
 MAX_GAP_BYTES = 256 * 2**10
 MAX_REQUEST_BYTES = 8 * 2**20
@@ -30,14 +33,34 @@ def as_bytes(value: object) -> bytes:
     return data.rstrip(b"\0") if data.startswith(b"\xff\xd8") else data
 
 
+@dataclass(frozen=True)
+class JoinedFiles:
+    """Two HDF5 files read as one: the byte ranges of the second begin where the first ends.
+
+    Attributes:
+        first: local path or URL; what is read through h5py (offset -1) lies here.
+        first_bytes: its size, added to the offsets in the second.
+        second: local path or URL.
+    """
+
+    first: str
+    first_bytes: int
+    second: str
+
+
 class ImageReader:
-    """Reads encoded images of one file. A context manager; one per task, not shared between processes.
+    """Reads encoded images of one file, or of two joined ones. A context manager; one per task, not shared between
+    processes.
 
     Args:
         path: local path, or URL of any store that fsspec knows.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path | JoinedFiles):
+        self._second: ImageReader | None = None
+        if isinstance(path, JoinedFiles):
+            self._second, self._shift = ImageReader(path.second), path.first_bytes
+            path = path.first
         self.path = str(path)
         self._descriptor: int | None = None
         self._file: h5py.File | None = None
@@ -46,6 +69,8 @@ class ImageReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._second is not None:
+            self._second.__exit__()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -71,6 +96,8 @@ class ImageReader:
         Args:
             ids: str (N,); offset: int64 (N,), -1 = through h5py; size: int64 (N,), bytes.
         """
+        if self._second is not None and (offset >= self._shift).any():
+            return self._read_both(ids, offset, size)
         found: list[bytes | Exception] = [b""] * len(ids)
         order = np.argsort(offset, kind="stable").tolist()
         ranged = [row for row in order if offset[row] >= 0]
@@ -87,6 +114,19 @@ class ImageReader:
                 message = f"image {ids[row]}: {len(data)} of {size[row]} bytes at offset {offset[row]} of {self.path}"
                 found[row] = OSError(message)
         return [data if isinstance(data, Exception) else as_bytes(data) for data in found]
+
+    def _read_both(self, ids: np.ndarray, offset: np.ndarray, size: np.ndarray) -> list[bytes | Exception]:
+        assert self._second is not None
+        found: list[bytes | Exception] = [b""] * len(ids)
+        for reader, mask, shift in (
+            (self, offset < self._shift, 0),
+            (self._second, offset >= self._shift, self._shift),
+        ):
+            rows = np.flatnonzero(mask)
+            read = reader.read_many(ids[rows], offset[rows] - shift, size[rows])
+            for row, data in zip(rows.tolist(), read, strict=True):
+                found[row] = data
+        return found
 
     def windows(
         self, ids: np.ndarray, offset: np.ndarray, size: np.ndarray, rows: int

@@ -13,7 +13,7 @@ import pandas as pd
 from modeling.schema import ColumnSpec, TaskSpec
 
 # Columns that a prepared table adds; a feature of the same name would overwrite them.
-RESERVED_COLUMNS = ("id", "group", "context", "label", "fold", "offset", "size", "perceptual_hash")
+RESERVED_COLUMNS = ("id", "group", "context", "label", "fold", "offset", "size", "perceptual_hash", "added")
 
 
 class QuarantinedRow(NamedTuple):

@@ -210,7 +210,7 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     gate = {context: summary(splits["gate"]) for context, splits in results.evaluation.items()}
     if store is not None:
         try:
-            record_candidate(store, registered.version, registered.digest, gate)
+            record_candidate(store, registered.version, registered.digest, gate, dataset_digest=version.digest)
         except StoreUnavailableError as error:
             say(f"the candidate is registered, but GET /v1/candidates will not show it: {error}")
     return {

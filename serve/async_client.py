@@ -164,9 +164,11 @@ class AsyncDermrayClient:
         confidence: float | None = None,
         comment: str | None = None,
         labelled_at: datetime | str | None = None,
+        adjudication: bool = False,
     ) -> Label:
         """See `DermrayClient.label`."""
-        return await self._send(calls.label(prediction_id, label, labeller, confidence, comment, labelled_at))
+        call = calls.label(prediction_id, label, labeller, confidence, comment, labelled_at, adjudication)
+        return await self._send(call)
 
     async def alarms(
         self,

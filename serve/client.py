@@ -199,9 +199,11 @@ class DermrayClient:
         confidence: float | None = None,
         comment: str | None = None,
         labelled_at: datetime | str | None = None,
+        adjudication: bool = False,
     ) -> Label:
         """Stores an expert's label; what the labeller's latest one says already is not stored again."""
-        return self._send(calls.label(prediction_id, label, labeller, confidence, comment, labelled_at))
+        call = calls.label(prediction_id, label, labeller, confidence, comment, labelled_at, adjudication)
+        return self._send(call)
 
     def alarms(
         self,

@@ -67,6 +67,7 @@ class PredictionFilters(TypedDict, total=False):
     patient_id: str
     role: Literal["champion", "shadow"]
     labelled: bool
+    label_state: Literal["single", "agreed", "disagreed", "adjudicated"]
     min_risk: float
     max_risk: float
     limit: int
@@ -200,6 +201,7 @@ def label(
     confidence: float | None,
     comment: str | None,
     labelled_at: datetime | str | None,
+    adjudication: bool,
 ) -> Call[Label]:
     """Repeatable: the service stores a labeller's label once that says what the one before it says."""
     body = {
@@ -209,6 +211,7 @@ def label(
         "confidence": confidence,
         "comment": comment,
         "labelled_at": labelled_at,
+        "adjudication": adjudication or None,
     }
     return Call("POST", "/v1/labels", _into(Label), {"json": _given(body)})
 

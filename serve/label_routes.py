@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 
 from serve.access import caller_of
+from serve.api import Problem
 from serve.errors import invalid_field
 from serve.lesion import parse_past_time, parse_text
 from serve.prediction_service import PredictionService
@@ -18,14 +19,18 @@ MAX_COMMENT_LENGTH = 2000
 
 def add_label_routes(api: FastAPI, service: PredictionService, records: RecordService) -> None:
     """`POST /v1/labels`."""
-    repeated = {200: {"model": Label, "description": "the labeller's latest label says the same; nothing was stored"}}
+    answers = {
+        200: {"model": Label, "description": "the labeller's latest label says the same; nothing was stored"},
+        409: {"model": Problem, "description": "an adjudication by someone who has read this lesion"},
+    }
 
-    @api.post("/v1/labels", operation_id="add_label", status_code=201, responses=repeated | BODY_PROBLEMS)
+    @api.post("/v1/labels", operation_id="add_label", status_code=201, responses=answers | BODY_PROBLEMS)
     async def label(request: Request, response: Response, body: LabelRequest) -> Label:
         """Stores an expert's label of a prediction.
 
         A labeller's later label supersedes the earlier one, which is kept. A malignant label on a prediction below its
-        threshold raises an alarm, once per prediction.
+        threshold raises an alarm, once per prediction. An adjudication settles what two readers see differently; it
+        comes from a third, and may rest on more than the picture.
         """
         task, caller = service.model.task, caller_of(request).name
         if body.label not in task.classes:
@@ -41,6 +46,7 @@ def add_label_routes(api: FastAPI, service: PredictionService, records: RecordSe
             labelled_at=parse_past_time(body.labelled_at, "labelled_at"),
             confidence=body.confidence,
             comment=parse_text(body.comment, "comment", MAX_COMMENT_LENGTH, multiline=True),
+            adjudication=body.adjudication,
         )
         added = await records.label(new, caller)
         if not added.is_new:

@@ -37,6 +37,21 @@ _LABEL = {
     "confidence": 0.9,
     "comment": "confirmed by histology",
     "supersedes": None,
+    "source": "api",
+    "adjudication": False,
+}
+_TRUTH = {
+    "label": "malignant",
+    "malignant": True,
+    "state": "single",
+    "readers": 1,
+    "first_labelled_at": "2024-05-03T10:12:00Z",
+    "labelled_at": "2024-05-03T10:12:00Z",
+}
+_USE = {
+    "dataset_digest": "4d967a30111bf29f0eba01c448b375c1629b2fed01cdfcc3aed91f1b57d5dd5e",
+    "state": "ready",
+    "model_versions": ["4"],
 }
 _RECORD = {
     "prediction_id": "6f1c1fd0d29f4c9ab9f04b8a0a7d7c6e",
@@ -170,18 +185,51 @@ class Label(BaseModel):
     confidence: float | None
     comment: str | None
     supersedes: int | None = Field(description="id of the same labeller's label that this one corrects")
+    source: str = Field(description="api, or the kind of file that it was imported from")
+    adjudication: bool = Field(description="settles what readers see differently")
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Label:
         return cls(**{**row, "labelled_at": utc(row["labelled_at"])})
 
 
+class Truth(BaseModel):
+    """What a prediction's labels come to."""
+
+    model_config = _example(_TRUTH)
+
+    label: str | None = Field(description="null: the readers disagree")
+    malignant: bool | None = Field(description="null: the readers disagree on this too")
+    state: Literal["single", "agreed", "disagreed", "adjudicated"]
+    readers: int = Field(description="labellers whose label counts, without those who adjudicate")
+    first_labelled_at: datetime
+    labelled_at: datetime = Field(description="of the latest label that counts")
+
+    @classmethod
+    def of(cls, truth: Any) -> Truth:
+        """Of a `store.label_consensus.Truth`, whose module clients do not import."""
+        times = {name: utc(getattr(truth, name)) for name in ("first_labelled_at", "labelled_at")}
+        return cls(**{**{name: getattr(truth, name) for name in cls.model_fields}, **times})
+
+
+class DatasetUse(BaseModel):
+    """A data set version that a prediction was added to, and the models trained on it."""
+
+    model_config = _example(_USE)
+
+    dataset_digest: str
+    state: Literal["building", "ready", "deleted"]
+    model_versions: list[str]
+
+
 class LabelledPrediction(LoggedPrediction):
     """One record with its labels, oldest first."""
 
-    model_config = _example({**_RECORD, "labels": [_LABEL]})
+    model_config = _example({**_RECORD, "labels": [_LABEL], "truth": _TRUTH, "used_in": [_USE]})
 
     labels: list[Label]
+    truth: Truth | None = Field(description="what the labels come to; null without any")
+    used_in: list[DatasetUse] = Field(description="data set versions that hold this lesion, oldest first")
 
 
 class PredictionPage(BaseModel):
@@ -207,6 +255,9 @@ class LabelRequest(BaseModel):
     confidence: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     comment: str | None = Field(None, description="at most 2000 characters")
     labelled_at: str | None = Field(None, description="ISO 8601; UTC without an offset; default: now")
+    adjudication: bool = Field(
+        False, description="settles what readers see differently; the labeller must not be one of them"
+    )
 
 
 class AcknowledgeRequest(BaseModel):

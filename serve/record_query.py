@@ -35,6 +35,9 @@ class PredictionQuery(BaseModel):
     patient_id: str | None = Field(None, description="hashed before the log is searched")
     role: Literal["champion", "shadow"] = "champion"
     labelled: bool | None = Field(None, description="whether an expert has labelled it")
+    label_state: Literal["single", "agreed", "disagreed", "adjudicated"] | None = Field(
+        None, description="what its labels come to; disagreed: a third reader is needed"
+    )
     min_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     max_risk: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     cursor: Cursor = None
@@ -67,6 +70,7 @@ class PredictionQuery(BaseModel):
             device=parse_text(self.device, "device"),
             patient_hmac=None if patient_id is None else pseudonym(patient_id),
             labelled=self.labelled,
+            label_state=self.label_state,
             min_risk=self.min_risk,
             max_risk=self.max_risk,
         )

@@ -12,13 +12,16 @@ from serve.paging import decode_cursor, encode_cursor
 from serve.record_api import (
     ITEM_PROBLEMS,
     READ_PROBLEMS,
+    DatasetUse,
     Label,
     LabelledPrediction,
     LoggedPrediction,
     PredictionPage,
+    Truth,
 )
 from serve.record_query import PredictionId, PredictionQuery
 from serve.records import RecordService
+from store.label_consensus import consensus
 
 _CONTENT_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 _PICTURE = {
@@ -53,7 +56,10 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
         row, labels = await records.record(prediction_id)
         check_owner(request, row["caller"], f"prediction_id {prediction_id!r}", row["role"] == "shadow")
         fields = LoggedPrediction.fields_of(row, bool(labels))
-        return LabelledPrediction(**fields, labels=[Label.of(label) for label in labels])
+        used_in = [DatasetUse(**use._asdict()) for use in await records.used_in(prediction_id)]
+        shown = [Label.of(label) for label in labels]
+        truth = next(map(Truth.of, consensus(labels)), None)
+        return LabelledPrediction(**fields, labels=shown, truth=truth, used_in=used_in)
 
     @api.get(
         "/v1/predictions/{prediction_id}/image",

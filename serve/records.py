@@ -11,8 +11,9 @@ from serve.errors import ApiError, unavailable
 from serve.store_calls import StoreCalls
 from store.alarm_records import acknowledge_alarm, alarms_page
 from store.database import Store
+from store.dataset_lineage import Use, lineage_of_prediction
 from store.erasure import Erasure, PatientErasure
-from store.labels import AddedLabel, NewLabel, add_label
+from store.labels import AddedLabel, NewLabel, ReaderAdjudicatesError, add_label
 from store.monitoring_summary import monitoring_summary
 from store.prediction_records import PredictionFilter, prediction_image, prediction_with_labels, predictions_page
 from store.tables import now_us
@@ -60,6 +61,10 @@ class RecordService:
         """
         return await self._call(self._known, prediction_id, prediction_with_labels)
 
+    async def used_in(self, prediction_id: str) -> list[Use]:
+        """See `lineage_of_prediction`."""
+        return await self._call(lineage_of_prediction, prediction_id)
+
     async def image_name(self, prediction_id: str) -> tuple[str, str]:
         """Hash and suffix of a record's picture.
 
@@ -89,11 +94,14 @@ class RecordService:
         """Stores a label; see `add_label`.
 
         Raises:
-            ApiError: 404 and 503 as in `record`.
+            ApiError: 404 and 503 as in `record`; 409 `reader_adjudicates`.
         """
 
         def add(store: Store, _prediction_id: str) -> AddedLabel | None:
-            return add_label(store, label, actor)
+            try:
+                return add_label(store, label, actor)
+            except ReaderAdjudicatesError as error:
+                raise ApiError(409, "reader_adjudicates", str(error)) from error
 
         added = await self._call(self._known, label.prediction_id, add)
         if added.alarm is not None:

@@ -16,12 +16,27 @@ APPROVE = "approve"
 APPROVAL_REFUSED = "approval_refused"
 
 
-def record_candidate(store: Store, model_version: str, digest: str, gate_metrics: dict[str, Any]) -> bool:
+def record_candidate(
+    store: Store,
+    model_version: str,
+    digest: str,
+    gate_metrics: dict[str, Any],
+    *,
+    requested_by: str | None = None,
+    dataset_digest: str | None = None,
+    retrain_id: str | None = None,
+) -> bool:
     """Stores a model version that was registered; returns False when it is known with this digest.
 
     Another digest under a known version means another registry: the new candidate takes the old one's place.
+
+    Args:
+        requested_by: who asked for the training.
+        dataset_digest: of the data set version that it was trained on.
+        retrain_id: of the retraining request that it came from.
     """
     values = {"digest": digest, "created_at": now_us(), "gate_metrics": gate_metrics, "state": CANDIDATE}
+    values |= {"requested_by": requested_by, "dataset_digest": dataset_digest, "retrain_id": retrain_id}
     statement = store._insert(candidates).values(model_version=model_version, **values)
     replace = statement.on_conflict_do_update(
         index_elements=["model_version"],

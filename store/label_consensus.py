@@ -90,6 +90,26 @@ def _truth(prediction_id: str, given: Sequence[Mapping[str, Any]]) -> Truth:
     )
 
 
+def predictions_in_state(state: State) -> sql.Select:
+    """SELECT of the ids of all predictions whose labels come to this, as `consensus` says it."""
+    later = labels.alias("later")
+    # Not by `supersedes`, which has no index.
+    superseded = sql.exists().where(
+        later.c.prediction_id == labels.c.prediction_id,
+        later.c.labeller == labels.c.labeller,
+        later.c.id > labels.c.id,
+    )
+    settled = sql.func.max(sql.case((labels.c.adjudication, 1), else_=0)) == 1
+    readers, classes = sql.func.count(), sql.func.count(labels.c.label.distinct())
+    having = {
+        "adjudicated": settled,
+        "single": sql.and_(~settled, readers == 1),
+        "agreed": sql.and_(~settled, readers > 1, classes == 1),
+        "disagreed": sql.and_(~settled, classes > 1),
+    }[state]
+    return sql.select(labels.c.prediction_id).where(~superseded).group_by(labels.c.prediction_id).having(having)
+
+
 def truths_between(store: Store, start_us: int, end_us: int, model_version: str | None = None) -> list[Truth]:
     """Truths of the champion's predictions received in [start_us, end_us), by prediction id; of one model's if named.
 

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from store.database import Store
+from store.label_consensus import State, predictions_in_state
 from store.tables import images, labels, predictions
 
 _COLUMNS = [column for column in predictions.c if column.name not in ("embedding", "idempotency_key")]
@@ -20,7 +21,8 @@ class PredictionFilter:
     """Which records a page holds; None leaves a field open.
 
     `from_us` (inclusive) and `to_us` (exclusive) bound `received_at`, microseconds UTC; `min_risk` and `max_risk` are
-    inclusive and leave out abstained records, which have no risk. `labelled`: with (True) or without (False) a label.
+    inclusive and leave out abstained records, which have no risk. `labelled`: with (True) or without (False) a label;
+    `label_state`: what the labels come to, see `label_consensus`.
     """
 
     role: str = "champion"
@@ -34,6 +36,7 @@ class PredictionFilter:
     device: str | None = None
     patient_hmac: str | None = None
     labelled: bool | None = None
+    label_state: State | None = None
     min_risk: float | None = None
     max_risk: float | None = None
 
@@ -41,9 +44,10 @@ class PredictionFilter:
         """The WHERE clause's parts."""
         table = predictions.c
         found = [table[name] == value for name in _EQUAL if (value := getattr(self, name)) is not None]
-        # A patient has few records. SQLite, which knows no numbers, would rather walk the index on role and time; as an
-        # expression, the role leaves it the one on patients.
-        found.append((table.role if self.patient_hmac is None else sql.func.coalesce(table.role, "")) == self.role)
+        # A patient has few records, and few records are labelled. SQLite, which knows no numbers, would rather walk the
+        # index on role and time; as an expression, the role leaves it the one on patients, or on ids.
+        few = self.patient_hmac is not None or self.label_state is not None
+        found.append((sql.func.coalesce(table.role, "") if few else table.role) == self.role)
         if self.from_us is not None:
             found.append(table.received_at >= self.from_us)
         if self.to_us is not None:
@@ -54,6 +58,8 @@ class PredictionFilter:
             found.append(table.risk <= self.max_risk)
         if self.labelled is not None:
             found.append(_labelled() if self.labelled else ~_labelled())
+        if self.label_state is not None:
+            found.append(table.id.in_(predictions_in_state(self.label_state)))
         return found
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from monitoring.prediction_log import EMBEDDING_DIM, PredictionRecord, patient_hmac
 from store import database
+from store.candidates import record_candidate
+from store.dataset_lineage import Member, finish_dataset_version, register_dataset_version
 from store.image_files import ImageFiles
 from store.tables import now_us
 from tests.bundle_factory import (
@@ -91,7 +93,7 @@ def test_a_record_is_what_was_answered_with_its_origin_and_no_embedding(served):
     assert abs((datetime.now(UTC) - datetime.fromisoformat(record["received_at"])).total_seconds()) < 60
     assert set(record["quality"]) == {"brightness", "contrast", "blur", "red", "green", "blue"}
     (item,) = served.get("/v1/predictions").json()["items"]
-    assert item == {name: value for name, value in record.items() if name != "labels"}
+    assert item == {name: value for name, value in record.items() if name not in ("labels", "truth", "used_in")}
     assert "embedding" not in item and "Jane" not in response.text
 
 
@@ -393,7 +395,7 @@ def test_the_routes_are_documented_with_their_errors(served):
         ("/v1/predictions", "get"): {"200", "422", "503"},
         ("/v1/predictions/{prediction_id}", "get"): {"200", "404", "422", "503"},
         ("/v1/predictions/{prediction_id}/image", "get"): {"200", "304", "404", "422", "503"},
-        ("/v1/labels", "post"): {"200", "201", "400", "404", "408", "413", "422", "503"},
+        ("/v1/labels", "post"): {"200", "201", "400", "404", "408", "409", "413", "422", "503"},
         ("/v1/alarms", "get"): {"200", "422", "503"},
         ("/v1/alarms/{alarm_id}/acknowledge", "post"): {"200", "400", "404", "408", "413", "422", "503"},
         ("/v1/monitoring/summary", "get"): {"200", "422", "503"},
@@ -401,3 +403,34 @@ def test_the_routes_are_documented_with_their_errors(served):
     }
     for (path, method), statuses in expected.items():
         assert set(paths[path][method]["responses"]) == statuses, path
+
+
+def test_readers_who_disagree_are_listed_until_a_third_settles_it(served):
+    for name in ("p", "q", "r"):
+        served.add(name)
+    served.label("p", labeller="a")
+    served.label("p", "benign", labeller="b")
+    served.label("q", labeller="a")
+    served.label("q", labeller="b")
+    assert served.get("/v1/predictions/r").json()["truth"] is None
+    truth = served.get("/v1/predictions/p").json()["truth"]
+    assert (truth["state"], truth["label"], truth["malignant"], truth["readers"]) == ("disagreed", None, None, 2)
+    assert served.listed(label_state="disagreed") == ["p"] and served.listed(label_state="agreed") == ["q"]
+    problem(served.label("p", labeller="B", adjudication=True), 409, "has read prediction 'p'")
+    settled = served.label("p", labeller="c", adjudication=True)
+    assert settled.status_code == 201 and settled.json()["adjudication"] is True
+    truth = served.get("/v1/predictions/p").json()["truth"]
+    assert (truth["state"], truth["label"]) == ("adjudicated", "malignant")
+    assert served.listed(label_state="disagreed") == []
+    problem(served.get("/v1/predictions", label_state="unsure"), 422, "label_state")
+
+
+def test_a_record_names_the_data_sets_and_models_that_learned_from_it(served):
+    served.add("p")
+    label = served.label("p").json()
+    digest, store = "d" * 64, served.log.store
+    register_dataset_version(store, digest, "/data/d", None, {}, [Member("p", label["id"], None)])
+    finish_dataset_version(store, digest, 10, "prepare_dataset")
+    record_candidate(store, "8", "a" * 64, {}, dataset_digest=digest)
+    record = served.get("/v1/predictions/p").json()
+    assert record["used_in"] == [{"dataset_digest": digest, "state": "ready", "model_versions": ["8"]}]

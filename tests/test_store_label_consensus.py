@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
+import sqlalchemy as sql
 
 from store.database import open_store
 from store.label_consensus import consensus, truths_between, truths_labelled_after, truths_of
 from store.labels import NewLabel, add_label
+from store.prediction_records import PredictionFilter, predictions_page
 from tests.log_rows import prediction_row
 
 
@@ -89,3 +92,31 @@ def test_new_labels_are_walked_once_each_with_all_of_their_predictions_labels(st
     rest, last = truths_labelled_after(store, last, 2)
     assert [truth.prediction_id for truth in rest] == ["q"] and last == 3
     assert truths_labelled_after(store, last, 2) == ([], 3)
+
+
+def test_the_database_finds_the_same_state_as_the_rule(store):
+    rng = random.Random(5)
+    names = [f"p{number:02d}" for number in range(40)]
+    store.insert_predictions([prediction_row(name) for name in names])
+    for _ in range(150):
+        label = rng.choice(["nv", "nv", "nv", "mel", "bcc"])
+        who, settles = (rng.choice("abc"), False) if rng.random() < 0.93 else ("judge", True)
+        add_label(store, NewLabel(rng.choice(names), label, label != "nv", who, adjudication=settles), "clinic")
+    truths = truths_of(store, names)
+    for state in ("single", "agreed", "disagreed", "adjudicated"):
+        expected = {name for name, truth in truths.items() if truth.state == state}
+        assert len(expected) > 1
+        page = predictions_page(store, PredictionFilter(label_state=state), None, 100)
+        assert {row["id"] for row in page} == expected
+
+
+def test_on_sqlite_a_page_of_disagreements_does_not_walk_the_log(tmp_path):
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    statements = []
+    sql.event.listen(store.engine, "before_cursor_execute", lambda *given: statements.append((given[2], given[3])))
+    predictions_page(store, PredictionFilter(label_state="disagreed"), None, 10)
+    statement, parameters = statements[-1]
+    with store.engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    (reached,) = [row[3] for row in plan if re.match(r"(SEARCH|SCAN) predictions\b", row[3])]
+    assert reached == "SEARCH predictions USING INDEX sqlite_autoindex_predictions_1 (id=?)"

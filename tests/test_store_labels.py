@@ -10,7 +10,7 @@ import sqlalchemy as sql
 from store import audit_chain
 from store import labels as label_store
 from store.database import open_store
-from store.labels import NewLabel, add_label
+from store.labels import NewLabel, ReaderAdjudicatesError, add_label
 from store.tables import labels
 from tests.log_rows import prediction_row
 
@@ -102,3 +102,34 @@ def test_a_label_without_its_alarm_is_not_stored(store, monkeypatch):
     with pytest.raises(ValueError, match="no alarm"):
         add_label(store, malignant(), "clinic")
     assert rows(store) == [] and store.audit_entries() == []
+
+
+def test_an_adjudication_is_a_third_persons(store):
+    add_label(store, malignant(labeller="Dr Weber"), "clinic")
+    add_label(store, malignant(label="nv", malignant=False, labeller="y"), "clinic")
+    for name in ("Dr Weber", " dr  weber", "y"):
+        with pytest.raises(ReaderAdjudicatesError, match="has read prediction 'low'"):
+            add_label(store, malignant(labeller=name, adjudication=True), "clinic")
+    assert len(rows(store)) == 2
+    settled = add_label(store, malignant(labeller="z", adjudication=True), "clinic")
+    assert settled.is_new and rows(store)[-1]["adjudication"] is True
+    # Who settled may correct that; the same word as a plain label is another thing to say.
+    assert add_label(store, malignant(labeller="z", label="bcc", adjudication=True), "clinic").is_new
+
+
+def imported(external_id, at, **values):
+    return malignant(source="label_studio", external_id=external_id, labelled_at=at, **values)
+
+
+def test_an_imported_label_is_stored_once_and_an_older_one_undoes_nothing(store):
+    first = add_label(store, imported("1@5", 5), "import")
+    assert first.is_new and first.row["external_id"] == "1@5" and first.row["source"] == "label_studio"
+    edited = add_label(store, imported("1@9", 9, label="nv", malignant=False), "import")
+    assert edited.row["supersedes"] == first.row["id"]
+    again = add_label(store, imported("1@5", 5), "import")
+    assert (again.is_new, again.outdated, again.row["id"]) == (False, False, first.row["id"])
+    between = add_label(store, imported("1@7", 7), "import")
+    assert (between.is_new, between.outdated) == (False, True)
+    assert [row["label"] for row in rows(store)] == ["mel", "nv"]
+    # Of another place the same name is another label.
+    assert add_label(store, malignant("at", source="csv", external_id="1@5", labelled_at=5), "import").is_new
