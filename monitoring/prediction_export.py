@@ -66,7 +66,7 @@ SCHEMA = pa.schema(
         ("abstained", pa.bool_()),
         ("reasons", pa.list_(pa.string())),
         *((name, pa.float64()) for name in ("brightness", "contrast", "blur", "red", "green", "blue")),
-        # Not a list of fixed size: pyarrow does not read one back that is missing ("Expected all lists to be of size=64").
+        # Not a list of fixed size: pyarrow does not read back one that is missing.
         ("embedding", pa.list_(pa.float32())),
         ("stage_ms", pa.map_(pa.string(), pa.float64())),
         ("labels", pa.list_(LABEL)),

@@ -94,7 +94,7 @@ class PatientErasure:
         try:
             with self._image_files.locked(exclusive=True), self._store.writing() as connection:
                 keep_writers_out(connection)
-                counts, hashes = _delete_predictions(connection, theirs)
+                counts, hashes = delete_predictions(connection, theirs)
                 if not counts["predictions"]:
                     return False
                 self._finish_rows(connection, patient_hmac, actor, counts, hashes, since=None)
@@ -110,7 +110,7 @@ class PatientErasure:
         with self._store.writing() as connection:
             keep_writers_out(connection)
             submitted_hashes = images_of_submissions(connection, patient_hmac)
-            counts, hashes = _delete_predictions(connection, predictions.c.patient_hmac == patient_hmac)
+            counts, hashes = delete_predictions(connection, predictions.c.patient_hmac == patient_hmac)
             counts |= {"submissions": erase_submissions(connection, patient_hmac), "spooled": num_spooled}
             # Where rows went, a copy of any age may hold them.
             since = None if any(counts.values()) else erased_since(connection, patient_hmac)
@@ -171,7 +171,7 @@ class PatientErasure:
         return hashes, open_entries[-1][0] if open_entries else None
 
 
-def _delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
+def delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
     """Removes predictions with what hangs on them: how many of each, and the hashes of their images."""
     ids = sql.select(predictions.c.id).where(theirs)
     query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))

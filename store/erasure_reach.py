@@ -16,17 +16,22 @@ from store.erased_patients import keep_writers_out
 from store.tables import candidates, dataset_predictions, dataset_versions, erased_patients, exports, predictions
 
 WRITING, CURRENT, DELETED = "writing", "current", "deleted"
+"""States of an export."""
+BUILDING, READY = "building", "ready"
+"""States of a data set version, which may be `deleted` too."""
 _COPIES = {"exports": (exports, exports.c.id), "datasets": (dataset_versions, dataset_versions.c.digest)}
 
 
 @dataclass(frozen=True)
 class PendingDataset:
-    """A registered data set version from which patients are still to be removed; `patients` are pseudonyms."""
+    """A registered data set version from which patients are still to be removed; `patients` are pseudonyms,
+    `replaced_by` the digest of the version that has taken its place already."""
 
     digest: str
     path: str
+    state: str
     patients: frozenset[str]
-    detail: Mapping[str, Any]
+    replaced_by: str | None
 
 
 def pending_patients(detail: Mapping[str, Any]) -> list[str]:
@@ -106,7 +111,7 @@ def note_found_dataset(store: Store, digest: str, path: str, created_at: int, nu
             return
         later = sql.select(erased_patients.c.patient_hmac).where(erased_patients.c.erased_at >= created_at)
         detail = with_pending({"found": True, "looked_at": True}, connection.execute(later).scalars())
-        row = {"path": path, "created_at": created_at, "num_rows": num_rows, "state": CURRENT, "detail": detail}
+        row = {"path": path, "created_at": created_at, "num_rows": num_rows, "state": READY, "detail": detail}
         if known is not None:
             # Its digest names what it was made of: made again from the operator's files, it is the same version again.
             values = {**row, "deleted_at": None}
@@ -126,7 +131,7 @@ def mark_new_datasets(store: Store) -> int:
     with store.writing() as connection:
         keep_writers_out(connection)
         for digest, detail, made_at, parent_made_at in connection.execute(
-            query.select_from(joined).where(version.c.state != DELETED)
+            query.select_from(joined).where(version.c.state == READY)
         ).all():
             if detail.get("looked_at"):
                 continue
@@ -155,12 +160,12 @@ def _unstored() -> sql.ColumnElement[bool]:
 def pending_datasets(store: Store) -> list[PendingDataset]:
     """Versions from which patients are still to be removed, oldest first."""
     table = dataset_versions.c
-    query = sql.select(table.digest, table.path, table.detail).where(table.state != DELETED)
+    query = sql.select(table.digest, table.path, table.state, table.detail).where(table.state != DELETED)
     with store.reading() as connection:
         rows = connection.execute(query.order_by(table.created_at, table.digest)).all()
     return [
-        PendingDataset(digest, path, frozenset(patients), detail)
-        for digest, path, detail in rows
+        PendingDataset(digest, path, state, frozenset(patients), detail.get("replaced_by"))
+        for digest, path, state, detail in rows
         if (patients := pending_patients(detail))
     ]
 
@@ -176,17 +181,24 @@ def lineage_of_patients(store: Store, digest: str, patients: Collection[str]) ->
     return {row_id for row_id, gone in rows if gone}, {row_id for row_id, gone in rows if not gone}
 
 
-def clear_dataset(store: Store, pending: PendingDataset, deleted_at: int | None = None) -> None:
-    """The version holds nothing of its pending patients: because it never did, or because it is gone (`deleted_at`)."""
+def clear_dataset(store: Store, pending: PendingDataset) -> None:
+    """The version holds nothing of its pending patients."""
     with store.writing() as connection:
         keep_writers_out(connection)
         _remove_lineage(connection, pending.digest, pending.patients)
-        _change_pending(connection, pending.digest, remove=pending.patients)
-        if deleted_at is not None:
-            _mark_deleted(connection, pending.digest, deleted_at)
+        _remove_pending(connection, pending.digest, pending.patients)
 
 
-def replace_dataset(store: Store, pending: PendingDataset, digest: str, path: str, num_rows: int, now: int) -> None:
+def abandon_dataset(store: Store, pending: PendingDataset, actor: str, now: int) -> None:
+    """Gives up a version that is being built, or whose files are gone: who builds it fails when it finishes."""
+    with store.writing() as connection:
+        keep_writers_out(connection)
+        _mark_deleted(connection, pending, now)
+        detail = {"replaced_by": None, "patients": len(pending.patients), "state": pending.state}
+        store._append_audit(connection, actor, "erase_from_dataset", f"dataset/{pending.digest}", detail)
+
+
+def replace_dataset(store: Store, pending: PendingDataset, digest: str, path: str, num_rows: int) -> None:
     """Registers the version that takes another's place, with the lineage of those who stay; the old one stays known
     until its files are gone."""
     lineage = dataset_predictions
@@ -195,7 +207,8 @@ def replace_dataset(store: Store, pending: PendingDataset, digest: str, path: st
         old = connection.execute(
             sql.select(dataset_versions).where(dataset_versions.c.digest == pending.digest).with_for_update()
         ).mappings()
-        detail = old.one()["detail"]
+        row_before = old.one()
+        detail = row_before["detail"]
         # Who was erased meanwhile is still in the new version.
         others = set(pending_patients(detail)) - pending.patients
         kept = {name: value for name, value in detail.items() if name != "replaced_by"}
@@ -203,13 +216,19 @@ def replace_dataset(store: Store, pending: PendingDataset, digest: str, path: st
             "digest": digest,
             "path": path,
             "parent_digest": pending.digest,
-            "created_at": now,
+            # Of what it holds: whoever was erased since then was noted on the old version.
+            "created_at": row_before["created_at"],
             "num_rows": num_rows,
-            "state": CURRENT,
-            "detail": with_pending(kept, others),
+            "state": READY,
         }
-        connection.execute(store._insert(dataset_versions).values(row).on_conflict_do_nothing())
-        _change_pending(connection, digest, add=others)
+        # There is a row already where an interrupted run left the folder, which was then found, or where the same rows
+        # were left once before.
+        known = sql.select(dataset_versions.c.detail).where(dataset_versions.c.digest == digest)
+        others |= set(pending_patients(connection.execute(known).scalar() or {}))
+        row["detail"] = with_pending(kept, others)
+        insert = store._insert(dataset_versions).values(row)
+        again = {name: insert.excluded[name] for name in row if name != "digest"} | {"deleted_at": None}
+        connection.execute(insert.on_conflict_do_update(index_elements=["digest"], set_=again))
         copied = sql.select(
             sql.literal(digest), lineage.c.prediction_id, lineage.c.label_id, lineage.c.patient_hmac
         ).where(
@@ -229,14 +248,13 @@ def replace_dataset(store: Store, pending: PendingDataset, digest: str, path: st
 
 
 def delete_dataset(
-    store: Store, pending: PendingDataset, replaced_by: str, models: list[str], actor: str, now: int
+    store: Store, pending: PendingDataset, replaced_by: str | None, models: list[str], actor: str, now: int
 ) -> None:
-    """The old version's files are gone: its row says so, and the audit trail names its successor and the models that
-    have learned from it."""
+    """The version's files are gone: its row says so, and the audit trail names its successor (None: no row was left)
+    and the models that have learned from it."""
     with store.writing() as connection:
         keep_writers_out(connection)
-        _change_pending(connection, pending.digest, remove=pending.patients)
-        _mark_deleted(connection, pending.digest, now)
+        _mark_deleted(connection, pending, now)
         detail = {"replaced_by": replaced_by, "patients": len(pending.patients), "models": models}
         store._append_audit(connection, actor, "erase_from_dataset", f"dataset/{pending.digest}", detail)
 
@@ -249,9 +267,13 @@ def models_of_dataset(store: Store, digest: str) -> list[str]:
         return list(connection.execute(query).scalars())
 
 
-def _mark_deleted(connection: Connection, digest: str, now: int) -> None:
-    gone = sql.update(dataset_versions).where(dataset_versions.c.digest == digest)
-    connection.execute(gone.values(state=DELETED, deleted_at=now))
+def _mark_deleted(connection: Connection, pending: PendingDataset, now: int) -> None:
+    _remove_lineage(connection, pending.digest, pending.patients)
+    here = dataset_versions.c.digest == pending.digest
+    detail = connection.execute(sql.select(dataset_versions.c.detail).where(here)).scalar_one()
+    # What is left describes the version, should it ever be made again.
+    kept = {name: value for name, value in detail.items() if name not in ("pending", "looked_at", "replaced_by")}
+    connection.execute(sql.update(dataset_versions).where(here).values(state=DELETED, deleted_at=now, detail=kept))
 
 
 def _remove_lineage(connection: Connection, digest: str, patients: Collection[str]) -> None:
@@ -260,10 +282,8 @@ def _remove_lineage(connection: Connection, digest: str, patients: Collection[st
     connection.execute(sql.delete(dataset_predictions).where(theirs))
 
 
-def _change_pending(
-    connection: Connection, digest: str, add: Collection[str] = (), remove: Collection[str] = ()
-) -> None:
+def _remove_pending(connection: Connection, digest: str, patients: Collection[str]) -> None:
     here = dataset_versions.c.digest == digest
     detail = connection.execute(sql.select(dataset_versions.c.detail).where(here)).scalar_one()
-    patients = (set(pending_patients(detail)) | set(add)) - set(remove)
-    connection.execute(sql.update(dataset_versions).where(here).values(detail=with_pending(detail, patients)))
+    rest = set(pending_patients(detail)) - set(patients)
+    connection.execute(sql.update(dataset_versions).where(here).values(detail=with_pending(detail, rest)))

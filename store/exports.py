@@ -188,6 +188,28 @@ def finish_erasure(
         _update(connection, claim.id, {**values, "detail": with_pending(detail, rest)})
 
 
+def exports_before(store: Store, before: int) -> list[tuple[str, str]]:
+    """Id and path of published exports that were written before a time (microseconds), oldest first."""
+    table = exports.c
+    query = sql.select(table.id, table.path).where(table.state == CURRENT, table.created_at < before)
+    with store.reading() as connection:
+        return [(row_id, path) for row_id, path in connection.execute(query.order_by(table.created_at, table.id))]
+
+
+def remove_export(store: Store, row_id: str, *remove: Callable[[], Any]) -> None:
+    """Removes an export's files and marks its row deleted; who is writing it fails when they publish.
+
+    Args:
+        remove: what takes the files away; called under the row's lock.
+    """
+    with store.writing() as connection:
+        keep_writers_out(connection)
+        _locked(connection, row_id)
+        for step in remove:
+            step()
+        _update(connection, row_id, {"state": DELETED, "deleted_at": now_us(), "detail": {}})
+
+
 def _locked(connection: Connection, row_id: str) -> sql.RowMapping:
     query = sql.select(exports).where(exports.c.id == row_id)
     return connection.execute(query.with_for_update()).mappings().one()
