@@ -269,6 +269,9 @@ def test_pictures_of_the_version_s_own_are_written_anew_with_their_byte_ranges(p
 
 def test_a_later_visit_stays_in_a_data_set(place):
     digest = with_own_pictures(place)
+    table = pd.read_parquet(place.version / "lesions.parquet")
+    table.loc[table["id"] == "ISIC_0000012", ["id", "group", "context"]] = "again", THEIRS, THEIRS
+    table.to_parquet(place.version / "lesions.parquet", index=False)
     place.erase()
     place.store.insert_predictions([prediction_row("again", received_at=2**55, patient_hmac=THEIRS)])
     later = {"prediction_id": "again", "label_id": 3, "patient_hmac": THEIRS}
@@ -276,6 +279,8 @@ def test_a_later_visit_stays_in_a_data_set(place):
     place.job()
     new = {row["prediction_id"] for row in place.rows(dataset_predictions) if row["dataset_digest"] != digest}
     assert new == {"again", "others"}
+    left = open_dataset(place.datasets / "tiny").lesions
+    assert set(left.loc[left["group"] == THEIRS, "id"]) == {"again"} and len(left) == 68
 
 
 def test_a_version_that_was_made_during_the_erasure_is_looked_through(place):
