@@ -377,6 +377,7 @@ class ErasureReport(BaseModel):
             "counts": {"alarms": 1, "labels": 2, "predictions": 3, "spooled": 0, "images": 3},
             "image_files": 3,
             "log_emptied": True,
+            "pending": {"exports": 1, "datasets": 2},
         }
     )
 
@@ -386,4 +387,7 @@ class ErasureReport(BaseModel):
     image_files: int = Field(description="files removed, also those that an interrupted call left")
     log_emptied: bool = Field(
         description="false: a reader held SQLite's write-ahead log, which still has the rows; send the request again"
+    )
+    pending: dict[str, int] = Field(
+        description="`exports` and `datasets` that the job erase_patient has still to look through for the patient"
     )

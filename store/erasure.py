@@ -1,5 +1,6 @@
 """Erases a patient: rows first, in one transaction with the audit entry that lists the files still to be removed, and
-with the time after which nothing older of the patient is written any more (see `erased_patients`).
+with the time after which nothing older of the patient is written any more (see `erased_patients`). Exports and data
+sets are noted as pending in the same transaction, for the job erase_patient (see `erasure_reach`).
 
 Whatever interrupts it, the same call again finishes it. SQLite overwrites deleted rows (`secure_delete`), and its
 write-ahead log is emptied at the end. PostgreSQL keeps dead rows until its autovacuum comes by, and its write-ahead log
@@ -25,6 +26,7 @@ from store.erased_patients import (
     keep_writers_out,
     note_erasure,
 )
+from store.erasure_reach import erased_since, mark_pending, pending_copies
 from store.image_files import ImageFiles
 from store.labels import MISSED_CANCER
 from store.shadow_records import shadow_id
@@ -47,11 +49,13 @@ class Erasure:
             blanked, by name.
         image_files: files removed, also such as an interrupted call left behind.
         log_emptied: False while a reader keeps SQLite from emptying its write-ahead log, in which deleted bytes remain.
+        pending: exports and data sets that the job erase_patient has still to look through for the patient, by name.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     image_files: int = 0
     log_emptied: bool = True
+    pending: dict[str, int] = field(default_factory=dict)
 
 
 class PatientErasure:
@@ -76,7 +80,8 @@ class PatientErasure:
             files = self.remove_files(patient_hmac, actor)
         except OSError as error:
             raise StoreUnavailableError(f"erasure is not finished: {error}") from error
-        return Erasure(counts, files, empty_write_ahead_log(self._store))
+        emptied = empty_write_ahead_log(self._store)
+        return Erasure(counts, files, emptied, pending_copies(self._store, patient_hmac))
 
     def erase_prediction(self, prediction_id: str, patient_hmac: str, actor: str) -> bool:
         """Removes one prediction of a patient who was erased while it was made; False where it is not stored.
@@ -89,10 +94,10 @@ class PatientErasure:
         try:
             with self._image_files.locked(exclusive=True), self._store.writing() as connection:
                 keep_writers_out(connection)
-                counts, hashes = _delete_predictions(connection, theirs)
+                counts, hashes = delete_predictions(connection, theirs)
                 if not counts["predictions"]:
                     return False
-                self._finish_rows(connection, patient_hmac, actor, counts, hashes)
+                self._finish_rows(connection, patient_hmac, actor, counts, hashes, since=None)
             self.remove_files(patient_hmac, actor)
         except OSError as error:
             raise StoreUnavailableError(f"erasure is not finished: {error}") from error
@@ -105,22 +110,35 @@ class PatientErasure:
         with self._store.writing() as connection:
             keep_writers_out(connection)
             submitted_hashes = images_of_submissions(connection, patient_hmac)
-            counts, hashes = _delete_predictions(connection, predictions.c.patient_hmac == patient_hmac)
+            counts, hashes = delete_predictions(connection, predictions.c.patient_hmac == patient_hmac)
             counts |= {"submissions": erase_submissions(connection, patient_hmac), "spooled": num_spooled}
-            self._finish_rows(connection, patient_hmac, actor, counts, hashes | submitted_hashes | spooled_hashes)
+            # Where rows went, a copy of any age may hold them.
+            since = None if any(counts.values()) else erased_since(connection, patient_hmac)
+            hashes |= submitted_hashes | spooled_hashes
+            self._finish_rows(connection, patient_hmac, actor, counts, hashes, since)
             note_erasure(connection, self._store._insert, patient_hmac)
         return counts
 
     def _finish_rows(
-        self, connection: Connection, patient_hmac: str, actor: str, counts: dict[str, int], hashes: set[str]
+        self,
+        connection: Connection,
+        patient_hmac: str,
+        actor: str,
+        counts: dict[str, int],
+        hashes: set[str],
+        since: int | None,
     ) -> None:
-        """Removes the rows of images that nothing uses any more, and notes in the audit trail what went."""
+        """Removes the rows of images that nothing uses any more, notes copies as pending (`since`: see `mark_pending`),
+        and in the audit trail what went."""
         unused = sorted(hashes - images_in_use(connection, hashes))
         counts["images"] = sum(
             connection.execute(sql.delete(images).where(images.c.hash.in_(chunk))).rowcount for chunk in _chunks(unused)
         )
-        if any(counts.values()):
+        num_marked = mark_pending(connection, patient_hmac, since)
+        if num_marked or any(counts.values()):
             detail = {"counts": counts, "image_hashes": unused}
+            if num_marked:
+                detail["pending_copies"] = num_marked
             self._store._append_audit(connection, actor, ROWS_ERASED, audit_subject(patient_hmac), detail)
 
     def remove_files(self, patient_hmac: str, actor: str) -> int:
@@ -153,7 +171,7 @@ class PatientErasure:
         return hashes, open_entries[-1][0] if open_entries else None
 
 
-def _delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
+def delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
     """Removes predictions with what hangs on them: how many of each, and the hashes of their images."""
     ids = sql.select(predictions.c.id).where(theirs)
     query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
