@@ -35,20 +35,22 @@ def embedding_drift(
     false_alarm_rate: float,
     num_splits: int = 40,
     seed: int = 0,
+    max_rows: int | None = None,
 ) -> EmbeddingDrift | None:
     """Compares float embeddings (N, D) and (M, D) of patients (N,) and (M,); None with under two patients per fold.
 
     The threshold comes from the reference alone: `num_splits` times its patients are cut into two random halves, and
     the AUC between the halves shows how far chance goes. It is scaled from the halves' numbers of patients to the real
-    ones (the spread falls with the square root), and read off a normal distribution at `false_alarm_rate`.
+    ones (the spread falls with the square root), and read off a normal distribution at `false_alarm_rate`. A side with
+    more than `max_rows` rows (None: `MAX_ROWS`) is thinned to them.
     """
     # Imported first: a limit reaches only the thread pools that are loaded.
     import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(seed)
-    reference, reference_codes = _thin(reference, reference_groups, rng)
-    current, current_codes = _thin(current, current_groups, rng)
+    reference, reference_codes = _thin(reference, reference_groups, rng, max_rows or MAX_ROWS)
+    current, current_codes = _thin(current, current_groups, rng, max_rows or MAX_ROWS)
     num_reference, num_current = len(np.unique(reference_codes)), len(np.unique(current_codes))
     if num_reference < 4 * NUM_FOLDS or num_current < 2 * NUM_FOLDS:
         return None
@@ -98,11 +100,13 @@ def _folds(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.permutation(len(unique)) % NUM_FOLDS)[codes]
 
 
-def _thin(rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _thin(
+    rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator, max_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     codes = np.unique(groups, return_inverse=True)[1]
-    if len(rows) > MAX_ROWS:
+    if len(rows) > max_rows:
         counts = np.bincount(codes)
         order = rng.permutation(len(counts))
-        keep = np.isin(codes, order[: max(4 * NUM_FOLDS, int((np.cumsum(counts[order]) <= MAX_ROWS).sum()))])
+        keep = np.isin(codes, order[: max(4 * NUM_FOLDS, int((np.cumsum(counts[order]) <= max_rows).sum()))])
         rows, codes = rows[keep], np.unique(codes[keep], return_inverse=True)[1]
     return rows.astype(np.float64), codes
