@@ -57,6 +57,32 @@ def drift_alarm(
     }
 
 
+def quality_alarm(
+    window: str, start_us: int, end_us: int, model_version: str, reference: str, problems: list[str]
+) -> dict[str, Any]:
+    """The alarm of a model that experts' labels show to be worse than on its gate split; arguments as `drift_alarm`.
+
+    Args:
+        problems: `model_quality.quality_problems`, at least one.
+    """
+    return {
+        "dedupe_key": topic_name("quality", model_version, reference[:16], str(start_us), str(end_us)),
+        "topic": topic_name("quality", model_version, reference[:16]),
+        "kind": "quality",
+        "severity": WARNING,
+        "model_version": model_version,
+        "message": f"model {model_version} is worse than it was, on labels up to {window}: {'; '.join(problems)}",
+        "detail": {
+            "window": window,
+            "window_start": start_us,
+            "window_end": end_us,
+            "reference": reference,
+            # The figures change from day to day; what they are about does not.
+            "findings": sorted({problem.split(")")[0] + ")" for problem in problems}),
+        },
+    }
+
+
 def raise_alarm(store: Store, alarm: dict[str, Any], cool_down_h: float = COOL_DOWN_H) -> bool:
     """Stores an alarm and logs it, unless its dedupe key was raised before; returns whether it is new.
 

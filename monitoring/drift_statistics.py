@@ -7,7 +7,7 @@ reference: what distance do two samples of these sizes show when nothing has cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,21 +21,25 @@ MINIMUM_DISTANCE = 0.1
 # A larger side is thinned to this many rows, by whole patients, for calibration: the threshold is then the one of a
 # side this large, which only misses shifts too small to matter.
 MAX_CALIBRATION_ROWS = 4_000
-MAX_CLASSIFIER_ROWS = 2_000
 STATISTIC_NAMES = {"numeric": "ks_distance", "categorical": "jensenshannon"}
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One column on both sides: float arrays with NaN, or object arrays of str with None, where a row has no value.
+    """One column on both sides, where a row without a value does not count.
 
-    Rows without a value do not count. Where missing values matter, make them a category.
+    Where missing values matter, make them a category.
+
+    Attributes:
+        reference, current: float (N,) and (M,) with NaN, or for categories int codes with -1, without a value.
+        categories: what the codes stand for.
     """
 
     name: str
     kind: Kind
     reference: np.ndarray
     current: np.ndarray
+    categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,47 @@ class FeatureDrift:
     n_current: int
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Features and the distances that they show by chance: `null` is float (F, num_resamples)."""
+
+    features: list[Feature]
+    null: np.ndarray
+
+
+def categorical(name: str, reference: np.ndarray, current: np.ndarray) -> Feature:
+    """A categorical feature of two str arrays with None where a row has no value."""
+    categories = sorted({value for side in (reference, current) for value in side if value is not None})
+    code = {value: index for index, value in enumerate(categories)} | {None: -1}
+    sides = [np.array([code[value] for value in side], dtype=np.int32) for side in (reference, current)]
+    return Feature(name, "categorical", *sides, tuple(categories))
+
+
 def kolmogorov_smirnov(reference: np.ndarray, current: np.ndarray) -> float:
-    """Largest gap between the two cumulative distributions, 0 to 1 (float arrays without NaN)."""
-    values = np.sort(np.concatenate([reference, current]))
-    gaps = [np.searchsorted(np.sort(side), values, side="right") / len(side) for side in (reference, current)]
-    return float(np.abs(gaps[0] - gaps[1]).max())
+    """Largest gap between the two cumulative distributions, 0 to 1 (float arrays without NaN).
+
+    Between two neighbours of the smaller side its distribution is flat and the other's rises, so the gap is largest at
+    one of them, seen from the left or from the right: the larger side need not be searched for itself.
+    """
+    small, large = sorted((np.sort(reference), np.sort(current)), key=len)
+    gaps = [
+        np.searchsorted(small, small, side=side) / len(small) - np.searchsorted(large, small, side=side) / len(large)
+        for side in ("left", "right")
+    ]
+    return float(np.abs(gaps).max())
 
 
 def jensen_shannon(reference: np.ndarray, current: np.ndarray) -> float:
-    """Jensen-Shannon distance of two category distributions: 0 equal, 0.83 disjoint (str arrays)."""
-    codes, num = _codes(np.concatenate([reference, current]))
-    of_reference = np.bincount(codes[: len(reference)], minlength=num)
-    of_current = np.bincount(codes[len(reference) :], minlength=num)
-    return float(_jensen_shannon_counts(of_reference[None], of_current[None])[0])
+    """Jensen-Shannon distance of two category distributions: 0 equal, 0.83 disjoint (int codes from 0)."""
+    num = int(max(reference.max(), current.max())) + 1
+    counts = [np.bincount(side, minlength=num) for side in (reference, current)]
+    return float(_jensen_shannon_counts(counts[0][None], counts[1][None])[0])
+
+
+def distance(feature: Feature) -> float:
+    """The feature's distance over the rows that have a value, to six places."""
+    reference, current = (side[present(side)] for side in (feature.reference, feature.current))
+    return round((kolmogorov_smirnov if feature.kind == "numeric" else jensen_shannon)(reference, current), 6)
 
 
 def feature_drift(
@@ -76,30 +108,72 @@ def feature_drift(
 ) -> list[FeatureDrift]:
     """Judges the features; on an unchanged day the chance that any of them drifts is `false_alarm_rate`.
 
-    Two samples of whole patients, of the reference's and of the day's size, are drawn from the reference
-    `num_resamples` times. Each feature's distances are divided by their 95 % quantile, the largest over the features
-    is taken per draw, and its (1 - false_alarm_rate) quantile, times each feature's own, is the threshold.
+    See `calibrate` and `judge`.
 
     Args:
         features: columns of equal length per side, with at least one value on each.
         reference_groups, current_groups: the patient of each row, (N,) and (M,).
+    """
+    return judge([calibrate(features, reference_groups, current_groups, num_resamples, seed)], false_alarm_rate)[0]
+
+
+def judge(calibrations: Sequence[Calibration], false_alarm_rate: float) -> list[list[FeatureDrift]]:
+    """A verdict per feature; on an unchanged day the chance that any of them all drifts is `false_alarm_rate`.
+
+    Each feature's distances by chance are divided by their 95 % quantile, the largest over the features is taken per
+    draw, and its (1 - false_alarm_rate) quantile, times each feature's own, is the threshold (Westfall & Young 1993,
+    max-T). Calibrations of rows that have nothing in common, such as institutions, may share a judgement: as their
+    draws are independent, the largest over all of one draw number is one of the whole.
+    """
+    units = [
+        np.maximum(np.quantile(part.null, 0.95, axis=1), 1e-9) if part.features else np.empty(0)
+        for part in calibrations
+    ]
+    parts = list(zip(calibrations, units, strict=True))
+    largest = [(part.null / unit[:, None]).max(axis=0) for part, unit in parts if part.features]
+    if not largest:
+        return [[] for _ in calibrations]
+    factor = np.quantile(np.max(largest, axis=0), 1.0 - false_alarm_rate)
+    return [
+        [_verdict(feature, float(scale * factor)) for feature, scale in zip(part.features, unit, strict=True)]
+        for part, unit in parts
+    ]
+
+
+def calibrate(
+    features: list[Feature],
+    reference_groups: np.ndarray,
+    current_groups: np.ndarray,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> Calibration:
+    """What distances two samples show when nothing has changed.
+
+    Two samples of whole patients, of the reference's and of the day's size, are drawn from the reference
+    `num_resamples` times.
+
+    Args:
+        features: columns of equal length per side, with at least one value on each.
+        reference_groups, current_groups: the patient of each row, (N,) and (M,).
+        max_rows: a larger side is thinned to so many; None: `MAX_CALIBRATION_ROWS`.
 
     Returns:
-        A verdict per feature, in order, without those whose few values are all of patients that calibration left out
-        on one side: no distance of theirs could be resampled.
+        The features in order, without those whose few values are all of patients that thinning left out on one side:
+        no distance of theirs could be resampled.
     """
     rng = np.random.default_rng(seed)
-    reference_codes, keep_reference = _thin(reference_groups, MAX_CALIBRATION_ROWS, rng)
-    current_codes, keep_current = _thin(current_groups, MAX_CALIBRATION_ROWS, rng)
+    reference_codes, keep_reference = _thin(reference_groups, max_rows or MAX_CALIBRATION_ROWS, rng)
+    current_codes, keep_current = _thin(current_groups, max_rows or MAX_CALIBRATION_ROWS, rng)
     features = [
         feature
         for feature in features
         if present(feature.reference[keep_reference]).any() and present(feature.current[keep_current]).any()
     ]
-    if not features:
-        return []
-    draws = _Draws(rng, num_resamples, reference_codes.max() + 1, current_codes.max() + 1)
     null = np.empty((len(features), num_resamples))
+    if not features:
+        return Calibration([], null)
+    draws = _Draws(rng, num_resamples, reference_codes.max() + 1, current_codes.max() + 1)
     for index, feature in enumerate(features):
         reference, current = feature.reference[keep_reference], feature.current[keep_current]
         has_value, known_current = present(reference), present(current)
@@ -110,9 +184,7 @@ def feature_drift(
             values, groups = _with_imaginary_patients(values, groups, current[known_current])
         distances = _kolmogorov_smirnov_weighted if feature.kind == "numeric" else _jensen_shannon_weighted
         null[index] = distances(values, draws.row_weights(groups, sizes[sizes > 0], num_drawn))
-    unit = np.maximum(np.quantile(null, 0.95, axis=1), 1e-9)
-    factor = np.quantile((null / unit[:, None]).max(axis=0), 1.0 - false_alarm_rate)
-    return [_verdict(feature, float(scale * factor)) for feature, scale in zip(features, unit, strict=True)]
+    return Calibration(features, null)
 
 
 def _with_imaginary_patients(
@@ -129,17 +201,16 @@ def _with_imaginary_patients(
         if len(np.unique(groups[values == category])) < 3:
             added.append(category)
     new_groups = groups.max() + 1 + np.arange(len(added))
-    return np.concatenate([values, np.repeat(np.array(added, dtype=object), size)]), np.concatenate(
+    return np.concatenate([values, np.repeat(np.array(added, dtype=values.dtype), size)]), np.concatenate(
         [groups, np.repeat(new_groups, size)]
     )
 
 
 def _verdict(feature: Feature, threshold: float) -> FeatureDrift:
-    reference, current = (side[present(side)] for side in (feature.reference, feature.current))
-    distance = round((kolmogorov_smirnov if feature.kind == "numeric" else jensen_shannon)(reference, current), 6)
-    threshold = round(max(threshold, MINIMUM_DISTANCE), 6)
-    name, drifted = STATISTIC_NAMES[feature.kind], distance >= threshold
-    return FeatureDrift(feature.name, name, distance, threshold, drifted, len(reference), len(current))
+    num_reference, num_current = (int(present(side).sum()) for side in (feature.reference, feature.current))
+    found, threshold = distance(feature), round(max(threshold, MINIMUM_DISTANCE), 6)
+    statistic, drifted = STATISTIC_NAMES[feature.kind], found >= threshold
+    return FeatureDrift(feature.name, statistic, found, threshold, drifted, num_reference, num_current)
 
 
 _Weights = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -238,7 +309,7 @@ def _codes(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 def present(values: np.ndarray) -> np.ndarray:
     """Bool (N,): which rows of a feature's column have a value."""
-    return ~np.isnan(values) if values.dtype.kind == "f" else np.not_equal(values, None).astype(bool)
+    return ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
 
 
 def _thin(groups: np.ndarray, max_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -19,13 +19,14 @@ from modeling.clinical_tables import subgroup_columns, subgroup_table
 from modeling.metrics import adaptive_ece, calibration_slope_intercept, resampled_areas
 from modeling.resampling import clustered_bootstrap
 from modeling.schema import TaskSpec
-from monitoring.labelled_answers import LabelledAnswers, Stratum
+from monitoring.labelled_answers import LabelledAnswers, Stratum, read_labelled_answers
+from store.database import Store
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Part of a window's input digest: it is judged again when the figures change.
-QUALITY_VERSION = 1
+    from monitoring.drift_check import Window
+
 _DAY_US = 86_400_000_000
 
 
@@ -77,6 +78,25 @@ def model_quality(answers: LabelledAnswers, task: TaskSpec, settings: QualitySet
         "delay_days": {"median": _number(median), "p90": _number(p90)},
         "contexts": contexts,
     }
+
+
+def window_quality(
+    store: Store, bundle: Bundle, model_version: str | None, window: Window, settings: QualitySettings
+) -> dict[str, Any]:
+    """Quality on the labels of a window's answers, and on those of the days up to its end.
+
+    Returns:
+        `window` and `trailing`, see `model_quality`; `trailing_days`; `problems`, see `quality_problems`, of the
+        trailing days.
+    """
+    begin = min(window.start_us, window.end_us - settings.trailing_days * _DAY_US)
+    of_window, of_days = (
+        model_quality(read_labelled_answers(store, start, window.end_us, model_version), bundle.task, settings)
+        for start in (window.start_us, begin)
+    )
+    problems = quality_problems(of_days, bundle, settings)
+    days = settings.trailing_days
+    return {"window": of_window, "trailing": of_days, "trailing_days": days, "problems": problems}
 
 
 def _context_quality(

@@ -1,16 +1,16 @@
 """Compares the prediction log with the model's reference: one window per day, a report each, alarms once each.
 
-Days are UTC, the service's clock decides, both ends are included; without dates: yesterday. With times instead of
-dates, one window from --start up to --end. Running a window again changes nothing, unless more predictions came in.
+Days are UTC, the service's clock decides, both ends are included. Without dates: yesterday, and of the --backfill days
+up to then every one that was missed or whose rows or labels have changed. With times instead of dates, one window from
+--start up to --end. Running a window again changes nothing, unless more predictions or labels came in.
+`evidently ui --workspace OUT/workspace --port 8001` shows the history.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,15 +19,15 @@ from pydantic import Field, PlainValidator, model_validator
 from modeling.bundle import Bundle, load_bundle
 from monitoring.alarm_channels import JobAlarmSettings
 from monitoring.alarm_delivery import AlarmDelivery
-from monitoring.alarms import drift_alarm, raise_alarm
-from monitoring.drift_report import STATISTICS_VERSION, DriftSettings, WindowDrift, judge_window, write_json
-from monitoring.prediction_log import read_window
+from monitoring.drift_check import Window, check_window
+from monitoring.drift_report import DriftSettings
+from monitoring.model_quality import QualitySettings, window_quality
 from ray_jobs.job import JobConfig, Location, run_job, say
-from store.alarm_topics import COOL_DOWN_H
 from store.database import Store, StoreUnavailableError, open_store
+from store.prediction_windows import first_received, model_versions
 
 MAX_WINDOWS = 3660
-REPORT, HTML, EVIDENTLY = "drift.json", "evidently.html", "evidently.json"
+ALL = "all"
 
 
 def _moment(value: Any) -> date | datetime | None:
@@ -49,23 +49,20 @@ def _moment(value: Any) -> date | datetime | None:
 Moment = Annotated[date | datetime | None, PlainValidator(_moment)]
 
 
-@dataclass(frozen=True)
-class Window:
-    """start_us <= received_at < end_us, microseconds UTC; `name` is also its folder."""
-
-    name: str
-    start_us: int
-    end_us: int
-
-
 class CheckDriftConfig(JobConfig):
-    start: Moment = Field(None, description="first day, or the window's begin; default: yesterday")
+    start: Moment = Field(None, description="first day, or the window's begin; default: yesterday, and --backfill")
     end: Moment = Field(None, description="last day (included), or the window's end (not included)")
-    model: str = Field("champion", description="registry alias or version whose predictions are checked")
+    backfill: int = Field(
+        7, ge=1, le=MAX_WINDOWS, description="without dates: days up to yesterday that are made up for where missed"
+    )
+    model: str = Field(
+        "champion", description="registry alias or version whose predictions are checked; all: each that answered"
+    )
     bundle: Location | None = Field(None, description="a bundle's folder instead: checks every prediction against it")
     out: Location = Field("drift", description="folder of the reports")
     settings: DriftSettings = Field(default_factory=DriftSettings)
-    alarms: JobAlarmSettings = Field(default_factory=JobAlarmSettings)
+    quality: QualitySettings = Field(default_factory=QualitySettings)
+    alarms: JobAlarmSettings = Field(default_factory=JobAlarmSettings, description="where alarms are sent")
     store_url: Location = "sqlite:///store.db"
     tracking_uri: Location = "sqlite:///mlflow.db"
     artifact_root: Location = "mlflow-artifacts"
@@ -78,7 +75,7 @@ class CheckDriftConfig(JobConfig):
 
 
 def windows(start: date | datetime | None, end: date | datetime | None) -> list[Window]:
-    """The windows of a range of days, or the one between two times.
+    """The windows of a range of days, or the one between two times; yesterday's without either.
 
     Raises:
         ValueError: a date and a time mixed, an end before the start, a start in the future, or too long a range.
@@ -109,123 +106,100 @@ def _microseconds(moment: datetime) -> int:
     return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
-def _digest(ids: Iterator[str], reference: str, watermark: int, settings: DriftSettings) -> str:
-    """Fingerprint of everything that a window's verdict depends on (rows of the log never change)."""
-    head = json.dumps([STATISTICS_VERSION, reference, watermark, settings.model_dump()], sort_keys=True)
-    digest = hashlib.sha256(head.encode())
-    for row_id in ids:
-        digest.update(b"\0" + row_id.encode())
-    return digest.hexdigest()
+def windows_to_backfill(store: Store, days: int) -> list[Window]:
+    """Yesterday, and before it as many of the `days` as the log has existed."""
+    yesterday = datetime.now(UTC).date() - timedelta(days=1)
+    first = first_received(store)
+    oldest = yesterday if first is None else (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=first)).date()
+    start = max(min(oldest, yesterday), yesterday - timedelta(days=days - 1))
+    return windows(start, yesterday)
 
 
-def check_window(
-    store: Store,
-    bundle: Bundle,
-    model_version: str | None,
-    window: Window,
-    out: Path,
-    settings: DriftSettings,
-    cool_down_h: float = COOL_DOWN_H,
-) -> dict[str, Any]:
-    """Judges one window, writes its reports, then its row, then its alarm; what is there already is left alone.
+@dataclass
+class _Models:
+    """The models to check, opened once each."""
 
-    Args:
-        model_version: only its predictions count; None: all.
-        cool_down_h: see `raise_alarm`.
-    """
-    current = read_window(store, window.start_us, window.end_us)
-    others = 0
-    if model_version is not None:
-        others = int((current["model_version"] != model_version).sum())
-        current = current[current["model_version"] == model_version].reset_index(drop=True)
-    version = model_version or f"bundle:{bundle.digest[:12]}"
-    watermark = store.label_watermark(window.start_us, window.end_us)
-    input_digest = _digest(iter(current["id"]), bundle.digest, watermark, settings)
-    folder = out / window.name / f"{model_version or 'bundle'}-{bundle.digest[:12]}"
-    html = folder / HTML
-    key = {
-        "window_start": window.start_us,
-        "window_end": window.end_us,
-        "model_version": version,
-        "reference": bundle.digest,
-        "label_watermark": watermark,
-    }
-    stored = store.find_drift_report(key)
-    if stored is not None and stored["input_digest"] == input_digest and _complete(folder, stored):
-        verdict = WindowDrift.from_json(stored["statistics"])
-        say(f"{window.name}: {verdict.status}, known already")
-    else:
-        verdict, features = judge_window(bundle.reference(), current, bundle.task, settings)
-        if features:
-            from monitoring.evidently_report import write_evidently_report
+    config: CheckDriftConfig
 
-            write_evidently_report(
-                features, verdict.features, html, folder / EVIDENTLY, settings.max_report_rows, settings.seed
-            )
-        content = {"window": window.name, **key, "rows_of_other_models": others, **verdict.to_json()}
-        write_json(folder / REPORT, content)
-        store.upsert_drift_report(
-            {
-                **key,
-                "status": verdict.status,
-                "num_rows": verdict.num_rows,
-                "num_groups": verdict.num_groups,
-                "alarm": verdict.alarm,
-                "drifted": verdict.drifted,
-                "statistics": verdict.to_json(),
-                "input_digest": input_digest,
-                "report": str(folder),
-            }
-        )
-        what = f"drift in {', '.join(verdict.drifted)}" if verdict.alarm else verdict.status
-        say(f"{window.name}: {verdict.num_rows} predictions of {verdict.num_groups} patients, {what}")
-    if verdict.alarm:
-        alarm = drift_alarm(window.name, window.start_us, window.end_us, version, bundle.digest, verdict)
-        raise_alarm(store, alarm, cool_down_h)
-    return {
-        "day": window.name,
-        "rows": verdict.num_rows,
-        "rows_of_other_models": others,
-        "status": verdict.status,
-        "alarm": verdict.alarm,
-        "drifted": verdict.drifted,
-        "report": str(folder / REPORT),
-        "html": str(html) if verdict.status != "insufficient" else None,
-    }
+    def __post_init__(self) -> None:
+        self._opened: dict[str, tuple[Bundle, str | None]] = {}
+
+    def of(self, store: Store, window: Window) -> dict[str, int]:
+        """Aliases or versions to check in a window, with their rows where known: those that answered there, the
+        champion where none did."""
+        if self.config.model != ALL or self.config.bundle is not None:
+            return {self.config.model: 0}
+        return model_versions(store, window.start_us, window.end_us) or {"champion": 0}
+
+    def open(self, model: str) -> tuple[Bundle, str | None]:
+        """The bundle and its version; None as version: every prediction counts.
+
+        Raises:
+            ValueError: not registered, or its files are not those that were registered.
+        """
+        if model not in self._opened:
+            self._opened[model] = _open_bundle(self.config, model)
+        return self._opened[model]
 
 
-def _complete(folder: Path, stored: dict[str, Any]) -> bool:
-    names = [REPORT] if stored["status"] == "insufficient" else [REPORT, HTML, EVIDENTLY]
-    return stored["report"] == str(folder) and all((folder / name).exists() for name in names)
-
-
-def _open_bundle(config: CheckDriftConfig) -> tuple[Bundle, str | None]:
+def _open_bundle(config: CheckDriftConfig, model: str) -> tuple[Bundle, str | None]:
     if config.bundle is not None:
         return load_bundle(config.bundle), None
     from modeling.registry import Registry
 
-    version = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(config.model)
+    version = Registry(config.tracking_uri, config.model_name, config.artifact_root).resolve(model)
     return load_bundle(version.uri, version.digest), version.version
+
+
+def _check(config: CheckDriftConfig, store: Store, models: _Models, window: Window) -> list[dict[str, Any]]:
+    """The results of one window, one per model."""
+    results = []
+    for model, num_rows in models.of(store, window).items():
+        try:
+            bundle, version = models.open(model)
+        except ValueError as error:
+            # A model that was removed from the registry hides no other's drift.
+            if config.model != ALL or model == "champion":
+                raise
+            say(f"{window.name}: predictions of model {model} are not checked: {error}")
+            skipped = {"day": window.name, "model_version": model, "rows": num_rows, "status": "no_reference"}
+            results.append({**skipped, "alarm": False, "drifted": [], "report": None, "html": None})
+            continue
+        results.append(
+            check_window(
+                store,
+                bundle,
+                version,
+                window,
+                Path(config.out),
+                config.settings,
+                say,
+                partial(window_quality, settings=config.quality),
+                config.alarms.cool_down_h,
+            )
+        )
+    return results
 
 
 def run(config: CheckDriftConfig) -> dict[str, Any]:
     if "://" in config.out:
         raise ValueError(f"out = {config.out!r}: expected a folder")
-    bundle, model_version = _open_bundle(config)
+    models = _Models(config)
+    version = None if config.model == ALL and config.bundle is None else models.open(config.model)[1]
     try:
         store = open_store(config.store_url, create=False)
-        results = [
-            check_window(
-                store, bundle, model_version, window, Path(config.out), config.settings, config.alarms.cool_down_h
-            )
-            for window in windows(config.start, config.end)
-        ]
+        dated = config.start is not None or config.end is not None
+        days = windows(config.start, config.end) if dated else windows_to_backfill(store, config.backfill)
+        results = [result for window in days for result in _check(config, store, models, window)]
         # Also what a service that does not run left, or a check that was killed here.
         deliveries = AlarmDelivery(store, config.alarms).deliver_for(config.alarms.deliver_for_s)
     except StoreUnavailableError as error:
         raise ValueError(str(error)) from error
+    unknown = sorted({result["model_version"] for result in results if result["status"] == "no_reference"})
+    if all(result["status"] == "no_reference" for result in results):
+        raise ValueError(f"nothing was checked: no reference of the models that answered, {', '.join(unknown)}")
     return {
-        "model_version": model_version,
+        "model_version": version,
         "alarm": any(result["alarm"] for result in results),
         "drifted": list(dict.fromkeys(name for result in results for name in result["drifted"])),
         "html": results[-1]["html"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from modeling.schema import TaskSpec
+from monitoring.drift_columns import Columns, columns_of_rows
 from monitoring.prediction_log import EMBEDDING_NAMES, PredictionRecord, encode_embedding, patient_hmac
 
 QUALITY = {"brightness": 0.5, "contrast": 0.2, "blur": 2.0, "red": 0.6, "green": 0.5, "blue": 0.45}
@@ -64,3 +66,22 @@ def records(table: pd.DataFrame, start_us: int, model_version: str = "1", **fiel
         }
         answered.append(PredictionRecord(**values | fields))
     return answered
+
+
+def columns(table: pd.DataFrame, task: TaskSpec, **fields) -> Columns:
+    """The table's rows as the log's reader gives them; `meta.<name>` columns are their metadata."""
+    embeddings = table[list(EMBEDDING_NAMES)].to_numpy()
+    names = ["image_score", "risk", *QUALITY, "context", "institution", "device", "band", "abstained", "reasons"]
+    rows = []
+    for index, row in enumerate(table.to_dict("records")):
+        record = PredictionRecord(
+            id=f"{index}",
+            received_at=index,
+            patient_hmac=patient_hmac(str(row["group"]), b"key"),
+            model_version="1",
+            embedding=encode_embedding(embeddings[index]),
+            **({"context": "none"} | {name: row[name] for name in names if name in row} | fields),
+        )
+        metadata = {name.removeprefix("meta."): row[name] for name in row if name.startswith("meta.")}
+        rows.append({**record.to_row(), "metadata": metadata})
+    return columns_of_rows(rows, task).columns

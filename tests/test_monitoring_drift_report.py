@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from modeling.schema import TaskSpec
-from monitoring.drift_report import DriftSettings, WindowDrift, drift_features, judge_window, write_json
-from tests.drift_population import lesions, reference
+from monitoring.drift_columns import Columns, drift_features, reference_columns
+from monitoring.drift_report import DriftSettings, WindowDrift, judge_window, write_json
+from tests.drift_population import columns, lesions, reference
 
 TASK = TaskSpec(
     name="tiny",
@@ -24,45 +25,53 @@ SETTINGS = DriftSettings(num_resamples=400, num_splits=15)
 
 
 def day(seed: int = 1, num_patients: int = 50, shifted: bool = False) -> pd.DataFrame:
-    """A window as the log's reader gives it."""
+    """A window's rows, metadata under `meta.`."""
     table = lesions(num_patients, seed, (2, 5), shifted)
     return table.rename(columns={"age_approx": "meta.age_approx", "sex": "meta.sex"}).assign(context="none")
 
 
 @pytest.fixture(scope="module")
-def known() -> pd.DataFrame:
-    return reference()
+def known() -> Columns:
+    return reference_columns(reference(), TASK)
 
 
 def compared(current, known):
-    return {feature.name: feature for feature in drift_features(known, current, TASK)}
+    return {feature.name: feature for feature in drift_features(known, columns(current, TASK), TASK)}
+
+
+def judged(known, current):
+    return judge_window(known, columns(current, TASK), TASK, SETTINGS)
+
+
+def names_of(feature) -> list[str | None]:
+    return [None if code < 0 else feature.categories[code] for code in feature.current]
 
 
 def test_ordinary_days_are_quiet(known):
     for seed in (1, 2, 3):
-        verdict, features = judge_window(known, day(seed), TASK, SETTINGS)
+        verdict, features = judged(known, day(seed))
         assert (verdict.status, verdict.drifted, verdict.alarm) == ("ok", [], False)
         assert verdict.num_groups == 50 and len(features) == len(verdict.features) == 10
 
 
 def test_another_camera_and_older_patients_are_named(known):
-    verdict, _ = judge_window(known, day(shifted=True), TASK, SETTINGS)
+    verdict, _ = judged(known, day(shifted=True))
     assert verdict.alarm and {"red", "blur", "age_approx"} <= set(verdict.drifted)
     assert "green" not in verdict.drifted and "sex" not in verdict.drifted
 
 
 def test_an_embedding_shift_alone_is_found(known):
     moved = day()
-    names = [name for name in moved.columns if name.startswith("embedding_")]
+    names = [name for name in moved if name.startswith("embedding_")]
     moved[names] += 0.5
-    verdict, _ = judge_window(known, moved, TASK, SETTINGS)
+    verdict, _ = judged(known, moved)
     assert verdict.drifted == ["embedding"] and verdict.embedding.auc > verdict.embedding.threshold
 
 
 def test_too_small_windows_are_insufficient_and_raise_nothing(known):
     small = day(shifted=True, num_patients=8)
     for current in (small, small[:0], day(shifted=True)[:30]):
-        verdict, features = judge_window(known, current, TASK, SETTINGS)
+        verdict, features = judged(known, current)
         assert (verdict.status, verdict.alarm, verdict.features, features) == ("insufficient", False, [], [])
         assert verdict.num_rows == len(current)
 
@@ -75,13 +84,14 @@ def test_rows_without_metadata_do_not_count_as_missing(known):
     features = compared(current, known)
     assert "age_approx missing" not in features
     assert np.isfinite(features["age_approx"].current).sum() == (~image_only).sum()
-    assert set(features["sex"].current[~image_only]) == {"female", "male"}
-    assert all(value is None for value in features["sex"].current[image_only])
+    sex = np.array(names_of(features["sex"]), dtype=object)
+    assert set(sex[~image_only]) == {"female", "male"}
+    assert all(value is None for value in sex[image_only])
     assert np.isnan(features["risk_none"].current[image_only]).all()
-    np.testing.assert_array_equal(features["risk_image_only"].current[image_only], current["risk"][image_only])
+    sent = current["risk"][image_only].to_numpy(np.float32)
+    np.testing.assert_array_equal(features["risk_image_only"].current[image_only], sent)
     current.loc[1, "meta.age_approx"] = None
-    presence = compared(current, known)["age_approx missing"].current
-    assert [value for value in presence if value is not None].count("missing") == 1
+    assert names_of(compared(current, known)["age_approx missing"]).count("missing") == 1
     current["context"] = "image_only"
     assert {"risk_none", "age_approx", "sex"}.isdisjoint(compared(current, known))
 
@@ -89,9 +99,9 @@ def test_rows_without_metadata_do_not_count_as_missing(known):
 def test_a_column_that_is_no_longer_sent_is_drift(known):
     current = day()
     current.loc[current.index % 2 == 0, "meta.age_approx"] = None
-    verdict, _ = judge_window(known, current, TASK, SETTINGS)
+    verdict, _ = judged(known, current)
     assert "age_approx missing" in verdict.drifted
-    verdict, _ = judge_window(known, current.drop(columns=["meta.age_approx", "meta.sex"]), TASK, SETTINGS)
+    verdict, _ = judged(known, current.drop(columns=["meta.age_approx", "meta.sex"]))
     assert {"age_approx missing", "sex"} <= set(verdict.drifted)
     assert "age_approx" in verdict.not_judged
 
@@ -102,7 +112,7 @@ def test_a_column_with_too_few_values_is_named_and_the_report_of_the_others_is_w
     # Calibration thins by whole patients and cannot take this one.
     crowd = pd.concat([current[:1].assign(group="crowd")] * 101, ignore_index=True)
     current = pd.concat([current.assign(**{"meta.age_approx": None}), crowd], ignore_index=True)
-    verdict, features = judge_window(known, current, TASK, SETTINGS)
+    verdict, features = judged(known, current)
     assert verdict.not_judged == {"age_approx": "too few values to know what chance does"}
     assert "age_approx" not in {feature.name for feature in features}
     assert {"red", "blur", "age_approx missing"} <= set(verdict.drifted)
@@ -117,7 +127,7 @@ def test_values_of_the_wrong_type_are_missing_not_fatal(known):
 
 
 def test_a_verdict_survives_json(known, tmp_path):
-    verdict, _ = judge_window(known, day(shifted=True), TASK, SETTINGS)
+    verdict, _ = judged(known, day(shifted=True))
     assert WindowDrift.from_json(json.loads(json.dumps(verdict.to_json(), allow_nan=False))) == verdict
     empty = WindowDrift("insufficient", 0, 0)
     assert WindowDrift.from_json(empty.to_json()) == empty

@@ -151,11 +151,13 @@ def test_late_predictions_and_lost_reports_are_made_up_for(checked, monkeypatch)
     log.store.close()
 
 
-def _fake_report(written, features, verdicts, html, json_path, *_):
+def _fake_report(written, features, verdicts, html, json_path, max_rows, seed, entry):
     written.append(html)
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text("html")
     json_path.write_text("{}")
+    entry.snapshot_file.parent.mkdir(parents=True, exist_ok=True)
+    entry.snapshot_file.write_text("{}")
 
 
 def test_times_give_one_window_and_a_bundle_needs_no_registry(home, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def build_bundle(
     if rule is not None and scored is not None:
         results.ood = _try_abstention(directory, version, training, config, rule, scored, say)
         replace(rule, measured=results.ood.measured).save(directory)
-    reference = _reference(version, version.gate_positions, scored, results.gate_probabilities)
+    reference = _reference(version, version.gate_positions, scored, results.gate_probabilities, rule)
     reference.to_parquet(directory / "reference.parquet", index=False)
 
     sampling_prior, population_prior = priors(version, training, config.prevalence)
@@ -196,7 +196,11 @@ def _try_abstention(
 
 
 def _reference(
-    version: DatasetVersion, positions: np.ndarray, scored: ScoredImages | None, probabilities: dict[str, np.ndarray]
+    version: DatasetVersion,
+    positions: np.ndarray,
+    scored: ScoredImages | None,
+    probabilities: dict[str, np.ndarray],
+    rule: AbstentionRule | None = None,
 ) -> pd.DataFrame:
     """What the drift report compares a day with: the gate split as this model sees it, without any id."""
     task = version.task
@@ -215,6 +219,12 @@ def _reference(
         table |= {
             f"embedding_{axis:02d}": scored.embedding[:, axis].astype(np.float32) for axis in range(PROJECTION_DIM)
         }
+    if scored is not None and rule is not None and scored.distance is not None:
+        refused = rule.refusals(scored.quality, scored.distance)
+        # Named as the log names them: a day's share of abstentions is compared with this.
+        table["abstention"] = ["+".join(sorted({found.reason for found in row})) or "answered" for row in refused]
+    if task.institution_column is not None:
+        table["institution"] = lesions[task.institution_column].to_numpy()
     for name in task.columns:
         table[name] = lesions[name].to_numpy()
     return pd.DataFrame(table)
