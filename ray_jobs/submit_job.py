@@ -2,8 +2,8 @@
 
     python -m ray_jobs.submit_job --key check-drift --per day -- check_drift --model champion
 
-The job's id is `<key>-<period>-<attempt>`. Typed again in the same period it follows the job that runs, says so where it
-has succeeded, and submits the next attempt where it has failed. Exit status and last line are the job's.
+The job's id is `<key>-<period>-<attempt>`. Typed again in the same period it follows the job that runs, says so where
+it has succeeded, and submits the next attempt where it has failed. Exit status and last line are the job's.
 """
 
 from __future__ import annotations
