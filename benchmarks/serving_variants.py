@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from local.cluster import LocalCluster
-from local.jobs import parse_result
 from local.processes import marked_processes, wait_until_gone
+from ray_jobs.job_client import parse_result
 
 START_TIMEOUT_S = 120.0
 _REPLICA = re.compile(r"ray::ServeReplica:\w+:(\w+)")

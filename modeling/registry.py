@@ -90,6 +90,22 @@ class Registry(MlflowRuns):
             self.finish(run_id, status)
         return ModelVersion(str(created.version), uri, bundle.digest, run_id)
 
+    def adopt_candidate(self, run_name: str) -> ModelVersion | None:
+        """The version that a training run of this name registered, or None. Where the process was cut off before
+        `candidate` pointed at it, it does now, unless a later version has the alias."""
+        if self._registered() is None:
+            return None
+        for found in self.client.search_model_versions(f"name = '{self.model_name}'"):
+            if found.run_id and self.client.get_run(found.run_id).info.run_name == run_name:
+                break
+        else:
+            return None
+        with self.exclusive():
+            current = self._aliases().get(CANDIDATE)
+            if current is None or int(current) < int(found.version):
+                self.client.set_registered_model_alias(self.model_name, CANDIDATE, found.version)
+        return self.resolve(str(found.version))
+
     def resolve(self, ref: str) -> ModelVersion:
         """The version behind an alias ("champion", "candidate") or a version number.
 

@@ -42,6 +42,7 @@ LEAST_ROLE: dict[tuple[str, str], Role] = {
     ("GET", "/v1/alarms"): "reviewer",
     ("POST", "/v1/alarms/{}/acknowledge"): "reviewer",
     ("POST", "/v1/retrain"): "approver",
+    ("GET", "/v1/retrain"): "approver",
     ("GET", "/v1/retrain/{}"): "approver",
     ("GET", "/v1/candidates"): "approver",
     ("POST", "/v1/candidates/{}/approve"): "approver",

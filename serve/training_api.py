@@ -56,7 +56,9 @@ class Retraining(BaseModel):
                     "requested_by": "anonymous",
                     "requested_at": "2024-05-01T09:30:00.000000Z",
                     "finished_at": None,
+                    "stage": None,
                     "attempt": 0,
+                    "error": None,
                     "job_id": None,
                     "model_version": None,
                     "detail": {},
@@ -72,10 +74,12 @@ class Retraining(BaseModel):
     requested_by: str
     requested_at: datetime
     finished_at: datetime | None
-    attempt: int = Field(description="trainings started for it")
+    stage: str | None = Field(description="prepare, warm_start, train, export or gate: where it is, or failed")
+    attempt: int = Field(description="drivers that have worked on it")
+    error: str | None = Field(description="why it failed")
     job_id: str | None = Field(description="the submitted job of the last attempt")
     model_version: str | None = Field(description="the candidate that came of it")
-    detail: dict[str, Any] = Field(description="what the trigger, and the job, had to say")
+    detail: dict[str, Any] = Field(description="the causes, and in `stages` the result of each finished stage")
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Retraining:
@@ -83,6 +87,19 @@ class Retraining(BaseModel):
         times = {name: row[name] and moment(row[name]) for name in ("requested_at", "finished_at")}
         plain = {name: row[name] for name in cls.model_fields if name in row}
         return cls(**{**plain, **times, "retrain_id": row["id"]})
+
+
+class RetrainingPage(BaseModel):
+    """Requests to train, newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"items": [Retraining.model_config["json_schema_extra"]["examples"][0]], "next_cursor": None}]
+        }
+    )
+
+    items: list[Retraining]
+    next_cursor: str | None
 
 
 class Approval(BaseModel):

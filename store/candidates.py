@@ -127,3 +127,18 @@ def open_approval(store: Store, model_version: str, digest: str, not_by: Collect
             if not is_one_of(row["approver"], not_by):
                 return dict(row)
     return None
+
+
+def note_origin(
+    store: Store,
+    model_version: str,
+    digest: str,
+    dataset_digest: str | None,
+    requested_by: str | None,
+    retrain_id: str | None,
+) -> bool:
+    """Notes where a candidate comes from; returns False where the store has none of this version and digest."""
+    known = sql.and_(candidates.c.model_version == model_version, candidates.c.digest == digest)
+    origin = {"dataset_digest": dataset_digest, "requested_by": requested_by, "retrain_id": retrain_id}
+    with store.writing() as connection:
+        return connection.execute(sql.update(candidates).where(known).values(**origin)).rowcount == 1

@@ -20,6 +20,7 @@ def request_retraining(
     reason: str,
     requested_by: str,
     detail: dict[str, Any] | None = None,
+    once: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Records a request, with its audit entry, unless one of this key is open; returns the open row and whether it is
     new.
@@ -28,6 +29,8 @@ def request_retraining(
 
     Args:
         dedupe_key: at most 200 characters.
+        once: a cause that asks once: where a request of this key is done, none is made, and that one is returned. A
+            failed one gives its key free all the same.
     """
     table = retrain_requests.c
     row = {
@@ -44,8 +47,16 @@ def request_retraining(
         "model_version": None,
         "detail": detail or {},
         "finished_at": None,
+        "stage": None,
+        "error": None,
     }
     with store.writing() as connection:
+        if once:
+            same = sql.or_(table.dedupe_key == dedupe_key, table.dedupe_key == dedupe_key + "/" + table.id)
+            query = sql.select(retrain_requests).where(table.state == DONE, same).order_by(table.requested_at.desc())
+            done = connection.execute(query.limit(1)).mappings().first()
+            if done is not None:
+                return dict(done), False
         ended = sql.and_(table.dedupe_key == dedupe_key, table.state.in_((DONE, FAILED)))
         retired = table.dedupe_key + "/" + table.id
         connection.execute(sql.update(retrain_requests).where(ended).values(dedupe_key=retired))
@@ -63,3 +74,25 @@ def find_retraining(store: Store, request_id: str) -> dict[str, Any] | None:
     query = sql.select(retrain_requests).where(retrain_requests.c.id == request_id)
     with store.reading() as connection:
         return next(map(dict, connection.execute(query).mappings()), None)
+
+
+def list_retrainings(store: Store, after: tuple[int, str] | None, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` requests, newest first.
+
+    Args:
+        after: (requested_at, id) of the last one of the page before.
+    """
+    table = retrain_requests.c
+    query = sql.select(retrain_requests).order_by(table.requested_at.desc(), table.id.desc()).limit(limit)
+    if after is not None:
+        earlier = sql.or_(table.requested_at < after[0], table.id < after[1])
+        query = query.where(table.requested_at <= after[0], earlier)
+    with store.reading() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def open_retrainings(store: Store) -> int:
+    """How many requests wait or run."""
+    query = sql.select(sql.func.count()).where(retrain_requests.c.state.in_((REQUESTED, RUNNING)))
+    with store.reading() as connection:
+        return connection.execute(query).scalar_one()

