@@ -133,7 +133,7 @@ def judge_window(
     judged = any(segment.baseline is not None for segment in segments)
     share = settings.false_alarm_rate / (2 if judged else 1)
     verdict, features = _judge_whole(reference, current, trailing, task, share, limits)
-    verdicts = judge_segments(segments, task, settings.false_alarm_rate - share, limits)
+    verdicts = judge_segments(segments, current, task, settings.false_alarm_rate - share, limits)
     drifted = verdict.drifted + [segment.headline for segment in verdicts if segment.headline is not None]
     status: Status = "drift" if drifted else "ok"
     return replace(verdict, status=status, drifted=drifted, segments=verdicts), features

@@ -80,11 +80,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Segment:
-    """One place's rows in the window and what they are compared with; `reason` is why they are not."""
+    """One place's rows in the window, bool (N,), and what they are compared with; `reason` is why they are not."""
 
     by: str
     value: str
-    columns: Columns
+    rows: np.ndarray
+    num_groups: int
     baseline: Columns | None = None
     baseline_name: str | None = None
     is_new: bool = False
@@ -117,51 +118,55 @@ def find_segments(
         named = 0 if trailing is None else int((trailing.places[by].codes >= 0).sum())
         for code in largest[: limits.max_segments]:
             value, rows = place.names[code], place.codes == code
-            columns = current.take(rows)
+            size = (rows, len(np.unique(current.groups[rows])))
             candidates = [
                 ("reference", _rows_of(reference, by, value)),
                 ("trailing days", _rows_of(trailing, by, value)),
             ]
             fitting = [(name, side) for name, side in candidates if side is not None and _enough(side, limits)]
             if named >= limits.min_rows and not any(side for _, side in candidates) and not was_seen(by, value):
-                segments.append(Segment(by, value, columns, is_new=True))
-            elif columns.num_groups < limits.min_groups:
-                segments.append(Segment(by, value, columns, reason=f"under {limits.min_groups} patients"))
+                segments.append(Segment(by, value, *size, is_new=True))
+            elif size[1] < limits.min_groups:
+                segments.append(Segment(by, value, *size, reason=f"under {limits.min_groups} patients"))
             elif counts[code] == len(current):
-                segments.append(Segment(by, value, columns, reason="it is the whole window"))
-            elif any(len(other.columns) == len(columns) and _same_rows(other, by, current, rows) for other in segments):
-                segments.append(Segment(by, value, columns, reason="the rows of an institution above"))
+                segments.append(Segment(by, value, *size, reason="it is the whole window"))
+            elif any(other.by != by and np.array_equal(other.rows, rows) for other in segments):
+                segments.append(Segment(by, value, *size, reason="the rows of an institution above"))
             elif not fitting:
                 reason = (
                     f"under {limits.min_rows} rows or {limits.min_groups} patients of it in reference and trailing days"
                 )
-                segments.append(Segment(by, value, columns, reason=reason))
+                segments.append(Segment(by, value, *size, reason=reason))
             else:
-                segments.append(Segment(by, value, columns, fitting[0][1], fitting[0][0]))
+                segments.append(Segment(by, value, *size, fitting[0][1], fitting[0][0]))
     return segments
 
 
 def judge_segments(
-    segments: list[Segment], task: TaskSpec, false_alarm_rate: float, limits: Limits
+    segments: list[Segment], current: Columns, task: TaskSpec, false_alarm_rate: float, limits: Limits
 ) -> list[SegmentDrift]:
     """Verdicts on the segments; the chance that any of them drifts unchanged is `false_alarm_rate`.
 
     Half of it goes to all features of all segments together (see `judge`), half to their embeddings, shared evenly.
     """
     compared = [segment for segment in segments if segment.baseline is not None]
-    calibrations = [_calibrate(segment, task, limits) for segment in compared]
-    features = iter(judge(calibrations, false_alarm_rate / 2))
+    calibrations, embeddings = [], []
+    for segment in compared:
+        assert segment.baseline is not None
+        # One at a time: together they would be the window twice more.
+        columns = current.take(segment.rows)
+        calibrations.append(_calibrate(segment, segment.baseline, columns, task, limits))
+        rate = false_alarm_rate / 2 / len(compared)
+        embeddings.append(judge_embedding(segment.baseline, columns, rate, limits, MAX_SEGMENT_ROWS))
+    judged = zip(judge(calibrations, false_alarm_rate / 2), embeddings, strict=True)
     verdicts = []
     for segment in segments:
-        size = (len(segment.columns), segment.columns.num_groups)
+        size = (int(segment.rows.sum()), segment.num_groups)
         if segment.baseline is None:
             status: SegmentStatus = "new" if segment.is_new else "not_judged"
             verdicts.append(SegmentDrift(segment.by, segment.value, status, *size, reason=segment.reason))
             continue
-        found = next(features)
-        embedding = judge_embedding(
-            segment.baseline, segment.columns, false_alarm_rate / 2 / len(compared), limits, MAX_SEGMENT_ROWS
-        )
+        found, embedding = next(judged)
         drifted = [verdict.name for verdict in found if verdict.drifted]
         if embedding is not None and embedding.drifted:
             drifted.append("embedding")
@@ -235,18 +240,15 @@ def _one_day(feature: Feature, period: np.ndarray, day: int) -> float:
     return distance(Feature(feature.name, feature.kind, others, own, feature.categories))
 
 
-def _calibrate(segment: Segment, task: TaskSpec, limits: Limits) -> Calibration:
-    assert segment.baseline is not None
+def _calibrate(segment: Segment, baseline: Columns, columns: Columns, task: TaskSpec, limits: Limits) -> Calibration:
     features = [
         feature
-        for feature in drift_features(segment.baseline, segment.columns, task)
+        for feature in drift_features(baseline, columns, task)
         if present(feature.reference).any() and present(feature.current).any()
     ]
     # Draws of its own: the largest distance over segments takes them for independent.
     seed = zlib.crc32(f"{limits.seed}:{segment.by}:{segment.value}".encode())
-    return calibrate(
-        features, segment.baseline.groups, segment.columns.groups, limits.num_resamples, seed, MAX_SEGMENT_ROWS
-    )
+    return calibrate(features, baseline.groups, columns.groups, limits.num_resamples, seed, MAX_SEGMENT_ROWS)
 
 
 def _rows_of(side: Columns | None, by: str, value: str) -> Columns | None:
@@ -259,8 +261,3 @@ def _rows_of(side: Columns | None, by: str, value: str) -> Columns | None:
 
 def _enough(side: Columns, limits: Limits) -> bool:
     return len(side) >= limits.min_rows and side.num_groups >= limits.min_groups
-
-
-def _same_rows(other: Segment, by: str, current: Columns, rows: np.ndarray) -> bool:
-    place = current.places[other.by]
-    return other.by != by and np.array_equal(place.codes == place.names.index(other.value), rows)

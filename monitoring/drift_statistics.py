@@ -56,10 +56,21 @@ class FeatureDrift:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A feature's distance over all rows, without its columns, which take a day's memory. n_*: rows with a value."""
+
+    name: str
+    statistic: str
+    distance: float
+    n_reference: int
+    n_current: int
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Features and the distances that they show by chance: `null` is float (F, num_resamples)."""
 
-    features: list[Feature]
+    features: list[Measured]
     null: np.ndarray
 
 
@@ -184,7 +195,7 @@ def calibrate(
             values, groups = _with_imaginary_patients(values, groups, current[known_current])
         distances = _kolmogorov_smirnov_weighted if feature.kind == "numeric" else _jensen_shannon_weighted
         null[index] = distances(values, draws.row_weights(groups, sizes[sizes > 0], num_drawn))
-    return Calibration(features, null)
+    return Calibration([_measure(feature) for feature in features], null)
 
 
 def _with_imaginary_patients(
@@ -206,11 +217,17 @@ def _with_imaginary_patients(
     )
 
 
-def _verdict(feature: Feature, threshold: float) -> FeatureDrift:
+def _measure(feature: Feature) -> Measured:
     num_reference, num_current = (int(present(side).sum()) for side in (feature.reference, feature.current))
-    found, threshold = distance(feature), round(max(threshold, MINIMUM_DISTANCE), 6)
-    statistic, drifted = STATISTIC_NAMES[feature.kind], found >= threshold
-    return FeatureDrift(feature.name, statistic, found, threshold, drifted, num_reference, num_current)
+    return Measured(feature.name, STATISTIC_NAMES[feature.kind], distance(feature), num_reference, num_current)
+
+
+def _verdict(found: Measured, threshold: float) -> FeatureDrift:
+    threshold = round(max(threshold, MINIMUM_DISTANCE), 6)
+    drifted = found.distance >= threshold
+    return FeatureDrift(
+        found.name, found.statistic, found.distance, threshold, drifted, found.n_reference, found.n_current
+    )
 
 
 _Weights = Iterable[tuple[np.ndarray, np.ndarray]]

@@ -26,6 +26,14 @@ def test_a_shift_too_thin_for_any_single_dimension_is_found():
     assert shifted.n_current == len(values)
 
 
+def test_a_shift_of_015_standard_deviations_is_found_in_one_day_of_some_hundred_rows():
+    rng = np.random.default_rng(11)
+    for seed in range(3):
+        reference, (values, groups) = patients(rng, 90, (4, 10), 0.2), patients(rng, 100, (3, 6), 0.2)
+        assert judge(reference, (values + 0.15, groups), seed=seed).drifted
+        assert not judge(reference, (values, groups), seed=seed).drifted
+
+
 def test_unchanged_days_stay_quiet_though_patients_differ():
     rng = np.random.default_rng(1)
     verdicts = [judge(patients(rng, 45, (4, 10), 0.9), patients(rng, 50, (2, 5), 0.9), seed=seed) for seed in range(6)]

@@ -129,6 +129,15 @@ def test_days_are_judged_reported_and_alarmed_once(checked):
     assert count == sum(feature["drifted"] for feature in own.values())
     assert "<html" in Path(shifted["html"]).read_text()[:2000] and empty["html"] is None
 
+    # One project, one snapshot per judged window, in the layout that `evidently ui` reads.
+    from evidently.ui.workspace import Workspace
+
+    workspace = Workspace(str(home / "drift" / "workspace"))
+    (project,) = workspace.list_projects()
+    runs = [workspace.get_run(project.id, number) for number in workspace.list_runs(project.id)]
+    assert {run.name for run in runs} == {"2026-03-01", "2026-03-02"}
+    assert len(project.dashboard.model().panels) == 2
+
     before = contents(home)
     assert run(config(home, start=FIRST_DAY, end=FIRST_DAY + timedelta(days=2))) == result
     assert contents(home) == before
