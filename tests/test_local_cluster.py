@@ -16,7 +16,7 @@ import pytest
 
 from local import ports, processes
 from local.cluster import LocalCluster
-from local.jobs import JobFailedError, follow, run_job_on, submit
+from local.jobs import JobFailedError, follow, run_job_on, run_scheduled, submit
 
 
 def test_a_block_avoids_a_port_in_use_and_the_ranges_that_ray_numbers_itself():
@@ -170,3 +170,22 @@ def test_a_failing_job_is_reported_with_its_own_reason(ray_cluster, tmp_path):
         follow(name, environment, tmp_path / "long.log", print, timeout_s=3.0)
     with pytest.raises(JobFailedError, match="already"):
         submit(["python", "-c", "pass"], name, environment, tmp_path)
+
+
+@pytest.mark.ray
+def test_a_timer_s_job_runs_once_in_its_period_and_again_only_where_it_failed(ray_cluster, tmp_path):
+    environment = ray_cluster.client_environment()
+    key = f"sample-{time.time_ns()}"
+    arguments = ["--out", "sample", "--num-patients", "4", "--seed", "3"]
+    shown: list[str] = []
+    first = run_scheduled(environment, tmp_path, key, "make_sample", arguments, show=shown.append)
+    made = (tmp_path / "sample" / "train-metadata.csv").stat().st_mtime_ns
+    again = run_scheduled(environment, tmp_path, key, "make_sample", arguments, show=shown.append)
+    assert again == first and first["verb"] == "make_sample"
+    assert (tmp_path / "sample" / "train-metadata.csv").stat().st_mtime_ns == made
+    assert sum("submitted" in line and "not submitted" not in line for line in shown) == 1
+    assert "succeeded already, not submitted again" in "\n".join(shown)
+    with pytest.raises(JobFailedError, match="prepare_dataset: error: .*no_such_key") as error:
+        run_scheduled(environment, tmp_path, f"{key}-x", "prepare_dataset", ["--no-such-key", "1"], per=None)
+    # The job's own exit status: a mistake of the user's.
+    assert error.value.exit_code == 2
