@@ -35,6 +35,7 @@ from store.refusals import record_refusal
 from store.synced_files import sync_folder, write_synced
 
 if TYPE_CHECKING:
+    from modeling.bundle import Bundle
     from ray_jobs.deploy_service import DeployServiceConfig
 
 # Another set of engines, or more traffic, may pass these; what else fails will not get better.
@@ -206,6 +207,25 @@ def _approval(config: PromoteModelConfig, store: Store, version: str, digest: st
     return approval["approver"], config.reason or approval["reason"]
 
 
+def judge_candidate(
+    config: PromoteModelConfig, target: ModelVersion, bundle: Bundle, champion: ModelVersion | None, store: Store
+) -> tuple[GateReport, list[str]]:
+    """What the gate says of a candidate, line by line, and notes on how it was measured; it decides nothing.
+
+    Args:
+        target, bundle: the candidate.
+
+    Raises:
+        ValueError: see `gather_evidence`.
+    """
+    other = open_champion(champion)
+    evidence, notes = gather_evidence(config, target, bundle, champion, other, store)
+    report = check_gate(config.rules, bundle, other, evidence)
+    for line in table_lines(report):
+        say(line)
+    return report, notes
+
+
 def _promote(config: PromoteModelConfig, registry: Registry, store: Store) -> dict[str, Any]:
     target = registry.resolve(config.model or "candidate")
     bundle = load_bundle(target.uri, target.digest)
@@ -220,11 +240,7 @@ def _promote(config: PromoteModelConfig, registry: Registry, store: Store) -> di
             "auto: there is no champion to compare with; expected --approver NAME, or auto_promotion.first_champion"
         )
     approver, reason = _approval(config, store, target.version, bundle.digest)
-    other = open_champion(champion)
-    evidence, notes = gather_evidence(config, target, bundle, champion, other, store)
-    report = check_gate(config.rules, bundle, other, evidence)
-    for line in table_lines(report):
-        say(line)
+    report, notes = judge_candidate(config, target, bundle, champion, store)
     kept = _write_report(config, registry, target, report, None if champion is None else champion.version, notes)
     say(f"table: {Path(kept['report']).with_suffix('.md')}")
     if not report.passed:

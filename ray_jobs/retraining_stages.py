@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipelines.image_dataset import open_dataset
 from modeling.bundle import Bundle, load_bundle
-from modeling.engine_set import engine_sets
 from modeling.registry import CHAMPION, ModelVersion, Registry
-from monitoring.promotion_gate import check_gate
 from ray_jobs import export_engine, prepare_dataset, promote_model, train_model
 from ray_jobs.job import REPO_ROOT, JobConfig, read_yaml, say, validation_lines
 from ray_jobs.retraining_driver import Stage
@@ -83,7 +81,7 @@ def retraining_stages(config: RetrainConfig, claim: RetrainClaim, store: Store) 
         stages["warm_start"] = partial(warm_start, config, claim)
     stages["train"] = partial(train, config, claim, store)
     stages["export"] = partial(export, config)
-    stages["gate"] = partial(judge, config)
+    stages["gate"] = partial(judge, config, store)
     return stages
 
 
@@ -160,17 +158,15 @@ def export(config: RetrainConfig, finished: Mapping[str, Any]) -> dict[str, Any]
     return {name: made[name] for name in ("device", "choice", "engine_set")}
 
 
-def judge(config: RetrainConfig, finished: Mapping[str, Any]) -> dict[str, Any]:
+def judge(config: RetrainConfig, store: Store, finished: Mapping[str, Any]) -> dict[str, Any]:
     """What the promotion gate says of the candidate, for whoever approves it; it decides nothing."""
     found, bundle = _candidate(config, finished)
-    fixed = {"model": found.version, **_places(config, promote_model.PromoteModelConfig)}
+    # Both models on the gate split of what the candidate was trained on, wherever later promotions look for it.
+    fixed = {"model": found.version, "dataset": finished["train"]["dataset"]}
+    fixed |= _places(config, promote_model.PromoteModelConfig)
     job = step_config("gate", config.gate, promote_model.PromoteModelConfig, fixed)
     champion = open_registry(config).find(CHAMPION)
-    other = None if champion is None else load_bundle(champion.uri, champion.digest)
-    report = check_gate(job.rules, bundle, other, engine_sets(job.engine_sets, bundle.digest))
-    for result in report.results:
-        say(f"{'passed' if result.passed else 'FAILED'}  {result}")
-    return report.as_json()
+    return promote_model.judge_candidate(job, found, bundle, champion, store)[0].as_json()
 
 
 def _candidate(config: RetrainConfig, finished: Mapping[str, Any]) -> tuple[ModelVersion, Bundle]:

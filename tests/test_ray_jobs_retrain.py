@@ -90,7 +90,7 @@ def manual():
 
 
 def test_a_training_that_was_cut_off_after_it_had_registered_leads_to_one_candidate(place, manual, monkeypatch):
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
