@@ -136,7 +136,7 @@ def test_new_labels_train_once_and_a_failed_stage_leaves_the_champion_and_raises
         raise ValueError("the disk is full of lesion ISIC_7")
 
     with monkeypatch.context() as patch:
-        patch.setattr(retraining_stages, "check_gate", broken)
+        patch.setattr(retraining_stages.promote_model, "judge_candidate", broken)
         patch.setattr(retraining_stages.prepare_dataset, "run", lambda _: _first(place)["prepare"])
         patch.setattr(retraining_stages.train_model, "run", lambda _: _first(place)["train"])
         with pytest.raises(ValueError, match="stage gate failed: the disk is full of lesion ISIC_7"):
