@@ -190,7 +190,7 @@ def follow(
         ended = info.status.is_terminal()
         if ended or time.monotonic() >= next_log:
             next_log = time.monotonic() + LOG_EVERY_S
-            log = client.get_job_logs(submission_id) or ""
+            log = _log(client, submission_id)
             lines = log.splitlines() if ended else log.splitlines()[:-1]
             for line in lines[shown:]:
                 if (progress := progress_of(line)) is not None:
@@ -208,6 +208,13 @@ def follow(
     if info.status != "SUCCEEDED":
         raise JobFailedError(f"{failure_reason(log, info.message)}{where}", info.driver_exit_code or 1)
     return log
+
+
+def _log(client: JobSubmissionClient, submission_id: str) -> str:
+    try:
+        return client.get_job_logs(submission_id) or ""
+    except (RuntimeError, OSError) as error:
+        raise JobFailedError(f"the log of job {submission_id} cannot be read: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
