@@ -1,6 +1,7 @@
 """`make demo`: the whole path on synthetic lesions, each step a job submitted to a Ray cluster on this host.
 
-data, search, training, engine, promotion, service, an ordinary and a shifted day of requests, drift check of both.
+data, search, training, engine, promotion, service, an ordinary and a shifted day of requests, drift check of both and
+by the timer.
 The service stays up until `make down`. A step that fails ends the demo and its cluster, with the step's reason.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 from data_pipelines.synthetic_dataset import SHIFTS, write_sample
 from local.cluster import LocalCluster
 from local.down import CLUSTER_FOLDER, DEMO_HOME
-from local.jobs import run_job_on
+from local.jobs import run_job_on, run_scheduled
 from local.traffic import metadata_fields, read_lesions, send_day
 from serve.client import DermrayError
 
@@ -203,6 +204,22 @@ def check_day(demo: Demo, name: str, window: tuple[datetime, datetime], expect_a
     return result
 
 
+def show_timer(demo: Demo) -> None:
+    """The daily drift check as cron, systemd or a CronJob starts it, and once more, as when two of them do."""
+
+    def run() -> str:
+        environment, show = demo.cluster.client_environment(), lambda line: say(f"    {line}")
+        first, again = (
+            run_scheduled(environment, demo.home, "check-drift", "check_drift", [], show=show) for _ in range(2)
+        )
+        if again != first:
+            raise DemoError("the same day's check gave another result the second time")
+        checked = ", ".join(f"{window['day']} {window['status']}" for window in first["windows"])
+        return f"{checked}; started again: nothing to do"
+
+    demo.stage("check_drift, timer", run)
+
+
 def sample_request(home: Path, url: str) -> str:
     """A curl line for one lesion of the ordinary day, whose picture is put beside it."""
     folder = home / "traffic" / "ordinary"
@@ -239,6 +256,7 @@ def run_demo(home: Path) -> None:
             check_day(demo, "ordinary", ordinary, expect_alarm=False),
             check_day(demo, "shifted", shifted, expect_alarm=True),
         ]
+        show_timer(demo)
         request = sample_request(home, url)
     except BaseException:
         if demo.rows:

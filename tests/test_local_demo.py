@@ -139,7 +139,14 @@ def test_the_whole_demo(tmp_path):
     )
     try:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        for stage in ("search_hyperparameters", "train_model", "deploy_service", "check_drift, shifted", "total"):
+        for stage in (
+            "search_hyperparameters",
+            "train_model",
+            "deploy_service",
+            "check_drift, shifted",
+            "check_drift, timer",
+            "total",
+        ):
             assert re.search(rf"^{stage} +\d+\.\d", done.stdout, re.MULTILINE)
         url = re.search(r"^service +(\S+)/docs$", done.stdout, re.MULTILINE).group(1)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
