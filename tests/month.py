@@ -22,7 +22,7 @@ from modeling.bundle import Bundle
 from modeling.preprocessing import decode_image, resize
 from monitoring.prediction_log import EMBEDDING_NAMES
 
-PATIENTS_A_DAY, LESIONS, PREVALENCE = 30, 6.0, 0.12
+PATIENTS_A_DAY, LESIONS, PREVALENCE = 40, 8.0, 0.12
 CAMERA = Shift(red=0.86, green=0.98, blue=1.18, blur=1.6)
 OLDER = Shift(age_years=18.0)
 # First day and number of days, from 0; the days between are the ones that are not like the others.

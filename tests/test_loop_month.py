@@ -60,11 +60,11 @@ def write_config(home: Path, name: str, values: dict) -> str:
 
 @pytest.fixture(scope="module")
 def month(ray_connected, tmp_path_factory) -> Iterator[Month]:
-    """A champion of 200 patients, and its service, which takes replays and asks for keys."""
+    """A champion of 400 patients, and its service, which takes replays and asks for keys."""
     home = tmp_path_factory.mktemp("month") / "home"
     home.mkdir()
     month = Month(home, ray_connected, datetime.now(UTC).date() - timedelta(days=DAYS + 10))
-    sample = ["--num-patients", "200", "--lesions-per-patient", "8", "--prevalence", str(PREVALENCE), "--seed", "7"]
+    sample = ["--num-patients", "400", "--lesions-per-patient", "8", "--prevalence", str(PREVALENCE), "--seed", "7"]
     month.job("make_sample", "--out", str(home / "samples" / "demo"), *sample)
     month.job("prepare_dataset", "--config", str(DEMO / "prepare_dataset.yaml"), "--num-folds", "2")
     month.job("train_model", "--config", write_config(home, "train_model", TRAIN_MODEL), "--run-name", "first")
