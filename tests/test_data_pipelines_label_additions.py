@@ -262,6 +262,7 @@ def test_the_same_labels_give_the_same_version_and_a_new_one_another(world):
     assert Path(row["path"]) == Path(first["dataset"]) and row["num_rows"] == first["num_rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     ["take_pictures", "register_dataset_version", "write_pictures", "sync_files", "rename", "finish", "LATEST"],

@@ -33,6 +33,8 @@ from store.tables import (
 )
 from tests.log_rows import prediction_row
 
+pytestmark = pytest.mark.slow
+
 DAY = 86_400_000_000
 NOW = now_us()
 OLD, RECENT = NOW - 40 * DAY, NOW - 10 * DAY

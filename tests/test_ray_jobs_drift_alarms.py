@@ -13,6 +13,8 @@ from ray_jobs.deploy_service import DeployServiceConfig, serve_settings
 from tests.test_ray_jobs_check_drift import FIRST_DAY, config, home, one_model, open_rows
 from tests.webhook_receiver import webhook_receiver
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["home", "one_model"]
 
 SHIFTED = FIRST_DAY + timedelta(days=1)

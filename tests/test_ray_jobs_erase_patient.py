@@ -32,6 +32,8 @@ from store.spool import Spool
 from store.tables import candidates, dataset_predictions, dataset_versions
 from tests.log_rows import prediction_row
 
+pytestmark = pytest.mark.slow
+
 KEY = b"secret"
 PATIENT, OTHER = "IP_0000003", "IP_0000004"
 THEIRS, OTHERS = patient_hmac(PATIENT, KEY), patient_hmac(OTHER, KEY)

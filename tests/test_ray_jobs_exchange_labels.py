@@ -202,6 +202,7 @@ def test_a_csv_settles_a_disagreement(log, send):
     assert send("\n".join([header, *lines]), "renamed.csv")["known"] == 3
 
 
+@pytest.mark.slow
 def test_an_import_killed_at_any_label_goes_on_where_it_stopped(log, bundle, dermray_home, send, monkeypatch):
     _, tasks = exported(bundle, dermray_home, num_tasks=50)
     # The first ones lie above the threshold and raise no alarm.

@@ -120,6 +120,7 @@ def test_more_rows_replace_the_file(store, job):
     assert row_of(store, second)["num_rows"] == pq.read_metadata(second["path"]).num_rows == 101
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["export_tables", "publish_export", "move", "commit"])
 def test_killed_at_any_stage_and_run_again(stage, store, job, tmp_path, monkeypatch):
     done = run(job(out=str(tmp_path / "whole")))

@@ -564,6 +564,7 @@ def two_versions(rivals, lesions, registry, promote, store):
 EXPECTED_PROMOTION = [("promote", "2", "Bob", "better"), ("promote", "1", "Ada", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, *STAGES])
 def test_a_promotion_killed_at_any_stage_and_run_again_ends_the_same(
     two_versions, rivals, registry, store, monkeypatch, stage
@@ -579,6 +580,7 @@ def test_a_promotion_killed_at_any_stage_and_run_again_ends_the_same(
     assert actions == [("Ada", "promote", "model/1"), ("Bob", "promote", "model/2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, "event written", "version tagged", "alias moved", "decision recorded"])
 def test_a_rollback_killed_at_any_stage_and_run_again_ends_the_same(
     two_versions, rivals, registry, store, monkeypatch, stage

@@ -23,6 +23,8 @@ from store.retraining import list_retrainings, request_retraining
 from store.tables import now_us, retrain_requests
 from tests.log_rows import prediction_row
 
+pytestmark = pytest.mark.slow
+
 DAY_US = 86_400_000_000
 
 
