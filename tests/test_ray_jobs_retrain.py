@@ -20,6 +20,7 @@ from store.candidates import list_candidates
 from store.database import open_store
 from store.labels import NewLabel, add_label
 from store.retraining import list_retrainings, request_retraining
+from store.retraining_queue import claim_retraining, fail_retraining
 from store.tables import now_us, retrain_requests
 from tests.log_rows import prediction_row
 
@@ -159,6 +160,22 @@ def test_new_labels_train_once_and_a_failed_stage_leaves_the_champion_and_raises
         # The cause has led to a candidate: it asks no more, whatever the cool-down.
         assert place.run(triggers=rules | {"cool_down_days": 0})["retrainings"] == []
     assert len(place.requests()) == before + 2 and len(store.alarms()) == 1
+
+
+def test_a_cause_that_fails_again_in_the_same_stage_is_quiet(tmp_path):
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    for trigger, stage in (("drift", "train"), ("drift", "train"), ("drift", "gate"), ("manual", "train")):
+        request_retraining(store, trigger, trigger, "why", "Ada")
+        fail_retraining(store, claim_retraining(store, 1_000_000, 3), stage, "no")
+        retrain.raise_alarms(store)
+        retrain.raise_alarms(store)
+    told = [(alarm["topic"], alarm["detail"]["stage"], alarm["quieted_by"]) for alarm in store.alarms()[::-1]]
+    assert told == [
+        ("retraining:drift", "train", None),
+        ("retraining:drift", "train", 1),
+        ("retraining:drift", "gate", None),
+        ("retraining:manual", "train", None),
+    ]
 
 
 def _first(place):
