@@ -28,7 +28,7 @@ from monitoring.retraining_triggers import (
 )
 from ray_jobs.job import JobConfig, Location, run_job, say
 from ray_jobs.retraining_driver import StageFailedError, work
-from ray_jobs.retraining_stages import StepConfig, check_steps, open_registry, retraining_stages
+from ray_jobs.retraining_stages import StepConfig, check_steps, labels_required, open_registry, retraining_stages
 from store.alarm_topics import topic_name
 from store.database import Store, StoreUnavailableError, open_store
 from store.retraining import find_retraining, open_retrainings, request_retraining
@@ -98,7 +98,7 @@ def gather_facts(config: RetrainConfig, store: Store, now: int) -> RetrainingFac
         model_version=champion.version,
         dataset_digest=dataset,
         windows=[DriftWindow(*window) for window in drift_windows(store, champion.version, now)],
-        new_labels=count_new_labels(store, dataset, now),
+        new_labels=count_new_labels(store, dataset, now, labels_required(config)),
         model_since=candidate_since(store, champion.version),
         last_done=last_done,
         last_ended=last_ended,
