@@ -30,6 +30,10 @@ from store.image_files import ImageFiles
 ACTOR = "prepare_dataset"
 
 
+class NothingToAddError(ValueError):
+    """No labelled lesion can be added."""
+
+
 class LabelAdditions:
     """What one call of `prepare_version` adds.
 
@@ -47,7 +51,7 @@ class LabelAdditions:
         """Looks up the lesions for these rows of the base (id, group, context).
 
         Raises:
-            ValueError: there are none.
+            NothingToAddError: there are none.
         """
         self._found = find_labelled_lesions(self._store, self._settings, task, base, with_images, self._pseudonym)
         found = self._found
@@ -58,7 +62,7 @@ class LabelAdditions:
             say("warning: add_labels.patient_key_file is null: a patient of both may stand in two folds")
         if not found.lesions:
             reasons = dict(Counter(row.reason for row in found.refused)) | found.waiting
-            raise ValueError(
+            raise NothingToAddError(
                 f"add_labels: no labelled lesion can be added, of {reasons or 'no labels'}; "
                 f"require = {self._settings.require}"
             )
@@ -74,7 +78,7 @@ class LabelAdditions:
         """The base's rows and the added ones, by id, with the column `added`; and those that are left out.
 
         Raises:
-            ValueError: none is left to add.
+            NothingToAddError: none is left to add.
         """
         lesions, refused, complete = self._found.lesions, list(self._found.refused), True
         hashes = np.zeros(len(lesions), np.uint64)
@@ -89,7 +93,7 @@ class LabelAdditions:
         refused += over
         if not kept:
             reasons = dict(Counter(row.reason for row in refused))
-            raise ValueError(f"add_labels: none of {len(self._found.lesions)} lesions is left to add: {reasons}")
+            raise NothingToAddError(f"add_labels: none of {len(self._found.lesions)} lesions is left to add: {reasons}")
         lesions, hashes = [lesions[place] for place in kept], hashes[kept]
         added = _table(lesions, hashes, task, list(base.columns))
         table = pd.concat([base.assign(added=False), added], ignore_index=True)

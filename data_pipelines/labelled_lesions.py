@@ -50,6 +50,8 @@ class AddLabels(BaseModel):
         0.5, gt=0.0, lt=1.0, description="of added rows among all; a random part if there are more"
     )
 
+    required: bool = Field(True, description="false: where no lesion can be added, the data set is made without")
+
     @model_validator(mode="after")
     def _window(self) -> AddLabels:
         if self.since is not None and self.until is not None and self.until <= self.since:

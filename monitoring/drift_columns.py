@@ -228,6 +228,9 @@ def floats(values: Any) -> np.ndarray:
     try:
         numbers = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
+        numbers = None
+    # Lists of one length are an array too, of two dimensions.
+    if numbers is None or numbers.ndim != 1:
         numbers = np.array([_float(value) for value in values], dtype=np.float64)
     with np.errstate(over="ignore"):
         numbers = numbers.astype(np.float32)
@@ -348,7 +351,12 @@ class _Reader:
         ]
         for name, coder in self._coders_of_rows.items():
             self._codes_of_rows[name].add(coder.of(abstained if name == ABSTENTION else values[name]))
-        data = b"".join([_NO_EMBEDDING if blob is None else blob for blob in values["embedding"]])
+        data = b"".join(
+            [
+                blob if blob is not None and len(blob) == len(_NO_EMBEDDING) else _NO_EMBEDDING
+                for blob in values["embedding"]
+            ]
+        )
         self._embeddings.add(np.frombuffer(data, "<f2").reshape(len(page), EMBEDDING_DIM))
         received = np.array(values["received_at"], np.int64)
         acquired = np.array([-1 if moment is None else moment for moment in values["acquired_at"]], np.int64)

@@ -7,6 +7,7 @@ reference: what distance do two samples of these sizes show when nothing has cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -133,8 +134,10 @@ def judge(calibrations: Sequence[Calibration], false_alarm_rate: float) -> list[
 
     Each feature's distances by chance are divided by their 95 % quantile, the largest over the features is taken per
     draw, and its (1 - false_alarm_rate) quantile, times each feature's own, is the threshold (Westfall & Young 1993,
-    max-T). Calibrations of rows that have nothing in common, such as institutions, may share a judgement: as their
-    draws are independent, the largest over all of one draw number is one of the whole.
+    max-T). Of B draws that quantile is the ceil((B + 1)(1 - false_alarm_rate))-th smallest, which one more draw exceeds
+    with no more than that chance, and the largest where B is under 1/false_alarm_rate - 1. Calibrations of rows that
+    have nothing in common, such as institutions, may share a judgement: as their draws are independent, the largest
+    over all of one draw number is one of the whole.
     """
     units = [
         np.maximum(np.quantile(part.null, 0.95, axis=1), 1e-9) if part.features else np.empty(0)
@@ -144,7 +147,10 @@ def judge(calibrations: Sequence[Calibration], false_alarm_rate: float) -> list[
     largest = [(part.null / unit[:, None]).max(axis=0) for part, unit in parts if part.features]
     if not largest:
         return [[] for _ in calibrations]
-    factor = np.quantile(np.max(largest, axis=0), 1.0 - false_alarm_rate)
+    by_chance = np.sort(np.max(largest, axis=0))
+    # Rounded: 1000 * 0.99 may come out above 990.
+    place = math.ceil(round((len(by_chance) + 1) * (1.0 - false_alarm_rate), 6))
+    factor = by_chance[min(place, len(by_chance)) - 1]
     return [
         [_verdict(feature, float(scale * factor)) for feature, scale in zip(part.features, unit, strict=True)]
         for part, unit in parts

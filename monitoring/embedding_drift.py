@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata
+from scipy.stats import t as student
 
 NUM_FOLDS = 3
 # Both sides are thinned to this many rows, by whole patients; more only cost time.
@@ -69,7 +70,7 @@ def embedding_drift(
     spread = np.sqrt(np.mean((np.array(null) - 0.5) ** 2))
     of_halves = 1.0 / half + 1.0 / (num_reference - half)
     spread *= np.sqrt((1.0 / num_reference + 1.0 / num_current) / of_halves)
-    threshold = round(float(0.5 + norm.isf(false_alarm_rate) * spread), 6)
+    threshold = round(float(0.5 + student.isf(false_alarm_rate, num_splits) * spread), 6)
     return EmbeddingDrift(auc, threshold, auc >= threshold, len(reference), len(current))
 
 

@@ -20,6 +20,7 @@ _COLUMNS = (
     *("id", "received_at", "patient_hmac", "institution", "device", "context", "metadata"),
     *("risk", "threshold", "band", "abstained"),
 )
+_SCORED = ("risk", "threshold", "band")
 
 Stratum = tuple[str, str]
 
@@ -66,7 +67,9 @@ def _count_answers(
     store: Store, start_us: int, end_us: int, model_version: str | None
 ) -> tuple[dict[Stratum, int], int]:
     table = predictions.c
-    keys = (table.context, table.band, table.abstained)
+    # An answer that lacks one of these, whatever it calls itself, has nothing to be judged by.
+    unscored = sql.or_(table.abstained, *(table[name].is_(None) for name in _SCORED))
+    keys = (table.context, table.band, sql.case((unscored, 1), else_=0))
     query = (
         sql.select(*keys, sql.func.count())
         .where(table.role == "champion", table.received_at >= start_us, table.received_at < end_us)
@@ -77,8 +80,8 @@ def _count_answers(
     answers: Counter[Stratum] = Counter()
     abstentions = 0
     with store.reading() as connection:
-        for context, band, abstained, count in connection.execute(query):
-            if abstained or band is None:
+        for context, band, without, count in connection.execute(query):
+            if without:
                 abstentions += count
             else:
                 answers[context, band] += count
@@ -100,6 +103,7 @@ def _table(rows: list[dict[str, Any]], known: dict[str, Truth]) -> pd.DataFrame:
 
     plain = [name for name in _COLUMNS if name not in ("metadata", "patient_hmac")]
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in plain}
+    columns["abstained"] = [bool(row["abstained"]) or any(row[name] is None for name in _SCORED) for row in rows]
     columns["group"] = [row["patient_hmac"] or row["id"] for row in rows]
     columns["malignant"] = [bool(known[row["id"]].malignant) for row in rows]
     # A label that is dated before its answer is a clock's fault, or of a biopsy before: no delay.

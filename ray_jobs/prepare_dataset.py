@@ -16,7 +16,7 @@ from data_pipelines.added_pictures import PictureGoneError
 from data_pipelines.data_checks import CheckLimits, Verdict, run_checks
 from data_pipelines.dataset_version import SplitSettings, prepare_version
 from data_pipelines.image_dataset import open_dataset
-from data_pipelines.label_additions import LabelAdditions
+from data_pipelines.label_additions import LabelAdditions, NothingToAddError
 from data_pipelines.labelled_lesions import AddLabels
 from data_pipelines.progress import Progress
 from modeling.schema import TaskSpec
@@ -80,6 +80,11 @@ def prepare_with_labels(config: PrepareDatasetConfig, settings: AddLabels) -> di
                     return prepare(config, LabelAdditions(store, settings, pseudonym))
                 except (PredictionsGoneError, PictureGoneError) as error:
                     say(f"attempt {attempt}: {error}")
+                except NothingToAddError as error:
+                    if settings.required:
+                        raise
+                    say(f"without labelled lesions: {error}")
+                    return prepare(config, None)
         finally:
             store.close()
     except StoreUnavailableError as error:

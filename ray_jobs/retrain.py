@@ -28,7 +28,8 @@ from monitoring.retraining_triggers import (
 )
 from ray_jobs.job import JobConfig, Location, run_job, say
 from ray_jobs.retraining_driver import StageFailedError, work
-from ray_jobs.retraining_stages import StepConfig, check_steps, open_registry, retraining_stages
+from ray_jobs.retraining_stages import StepConfig, check_steps, labels_required, open_registry, retraining_stages
+from store.alarm_topics import topic_name
 from store.database import Store, StoreUnavailableError, open_store
 from store.retraining import find_retraining, open_retrainings, request_retraining
 from store.retraining_facts import candidate_since, count_new_labels, drift_windows, last_retrainings
@@ -97,7 +98,7 @@ def gather_facts(config: RetrainConfig, store: Store, now: int) -> RetrainingFac
         model_version=champion.version,
         dataset_digest=dataset,
         windows=[DriftWindow(*window) for window in drift_windows(store, champion.version, now)],
-        new_labels=count_new_labels(store, dataset, now),
+        new_labels=count_new_labels(store, dataset, now, labels_required(config)),
         model_since=candidate_since(store, champion.version),
         last_done=last_done,
         last_ended=last_ended,
@@ -134,9 +135,13 @@ def ask(config: RetrainConfig, store: Store, now: int) -> tuple[str | None, list
 
 
 def alarm_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The alarm of a failed request. It does not quote the error, which may name a lesion: alarms leave the house."""
+    """The alarm of a failed request. It does not quote the error, which may name a lesion: alarms leave the house.
+
+    Its topic is the trigger: a cause that fails in the same stage again within the cool-down says nothing new.
+    """
     return {
-        "dedupe_key": f"retraining:{row['id']}",
+        "dedupe_key": topic_name("retraining", row["id"]),
+        "topic": topic_name("retraining", row["trigger"]),
         "kind": "retraining",
         "severity": "warning",
         "model_version": row["model_version"],
@@ -147,6 +152,7 @@ def alarm_of(row: dict[str, Any]) -> dict[str, Any]:
             "trigger": row["trigger"],
             "stage": row["stage"],
             "attempt": row["attempt"],
+            "findings": [row["stage"] or "none"],
         },
     }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,7 +68,7 @@ def check_steps(config: RetrainConfig) -> None:
         ValueError: see `step_config`.
     """
     if config.prepare is not None:
-        step_config("prepare", config.prepare, prepare_dataset.PrepareDatasetConfig, {})
+        _prepare_config(config, config.prepare)
     _train_config(config, "0", None)
     step_config("export", config.export, export_engine.ExportEngineConfig, {})
     step_config("gate", config.gate, promote_model.PromoteModelConfig, {})
@@ -101,7 +101,7 @@ def prepare(config: RetrainConfig, finished: Mapping[str, Any]) -> dict[str, Any
     if config.prepare is None:
         version = open_dataset(_train_config(config, "0", None).dataset)
         return {"dataset": str(version.path), "digest": version.digest, "num_rows": len(version.lesions)}
-    made = prepare_dataset.run(step_config("prepare", config.prepare, prepare_dataset.PrepareDatasetConfig, {}))
+    made = prepare_dataset.run(_prepare_config(config, config.prepare))
     return {name: made[name] for name in ("dataset", "digest", "num_rows", "num_quarantined", "reused") if name in made}
 
 
@@ -172,6 +172,21 @@ def judge(config: RetrainConfig, store: Store, finished: Mapping[str, Any]) -> d
 def _candidate(config: RetrainConfig, finished: Mapping[str, Any]) -> tuple[ModelVersion, Bundle]:
     found = open_registry(config).resolve(finished["train"]["model_version"])
     return found, load_bundle(found.uri, found.digest)
+
+
+def labels_required(config: RetrainConfig) -> Literal["single", "agreed"]:
+    """How many readers a label needs to get into the data set that `prepare` makes."""
+    adding = None if config.prepare is None else _prepare_config(config, config.prepare).add_labels
+    return "single" if adding is None else adding.require
+
+
+def _prepare_config(config: RetrainConfig, step: StepConfig) -> prepare_dataset.PrepareDatasetConfig:
+    model = prepare_dataset.PrepareDatasetConfig
+    job = step_config("prepare", step, model, {})
+    if job.add_labels is None:
+        return job
+    # Drift, or a schedule, may well ask before anything is labelled.
+    return step_config("prepare", step, model, {"add_labels": {"store_url": config.store_url, "required": False}})
 
 
 def _train_config(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from ray_jobs.job import JobConfig, Location, parse_config, say, validation_line
 from ray_jobs.job_client import JobFailedError
 
 USAGE = "expected [--field value ...] -- VERB [--field value ...]"
+_PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]+@")
 _PERIODS = {"hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m"}
 
 
@@ -47,7 +49,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:
     """Flags of the submission, verb and flags of the job.
 
     Raises:
-        ValueError: no verb, or not one of ours.
+        ValueError: no verb, or not one of ours; or a password in a URL, which the dashboard would show to everyone.
     """
     if "--" not in argv or argv[-1] == "--":
         raise ValueError(USAGE)
@@ -55,6 +57,11 @@ def split_arguments(argv: list[str]) -> tuple[list[str], str, list[str]]:
     verb, arguments = argv[at + 1], argv[at + 2 :]
     if not verb.isidentifier() or importlib.util.find_spec(f"ray_jobs.{verb}") is None:
         raise ValueError(f"verb {verb!r}: there is no ray_jobs/{verb}.py")
+    if any(_PASSWORD.search(argument) for argument in arguments):
+        raise ValueError(
+            "a flag of the job holds a URL with a password, which the dashboard shows; expected it in the environment "
+            "of the cluster's nodes, such as PGPASSFILE"
+        )
     return argv[:at], verb, arguments
 
 

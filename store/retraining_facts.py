@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import sqlalchemy as sql
 
 from store.database import Store
+from store.label_consensus import State, predictions_in_state
 from store.retraining import DONE, FAILED
 from store.tables import candidates, dataset_predictions, drift_reports, labels, predictions, retrain_requests
 
@@ -25,15 +28,23 @@ def drift_windows(store: Store, model_version: str, until: int) -> list[tuple[in
     return [(start, end, alarm) for (start, end), alarm in newest.items()]
 
 
-def count_new_labels(store: Store, dataset_digest: str, until: int) -> int:
-    """Labelled predictions of the service's model, labelled by `until` (microseconds), that a data set version does not
-    hold; readers may still disagree on some."""
+def count_new_labels(
+    store: Store, dataset_digest: str, until: int, require: Literal["single", "agreed"] = "single"
+) -> int:
+    """Predictions of the service's model, labelled by `until` (microseconds), that a data set version does not hold and
+    a new one could: readers who disagree teach nothing.
+
+    Args:
+        require: agreed: a single reader is not enough either.
+    """
+    states: tuple[State, ...] = ("agreed", "adjudicated") + (("single",) if require == "single" else ())
+    known = sql.union_all(*map(predictions_in_state, states))
     held = sql.select(dataset_predictions.c.prediction_id).where(dataset_predictions.c.dataset_digest == dataset_digest)
     query = (
         sql.select(sql.func.count(sql.distinct(labels.c.prediction_id)))
         .select_from(labels.join(predictions, predictions.c.id == labels.c.prediction_id))
         .where(predictions.c.role == "champion", labels.c.labelled_at <= until)
-        .where(labels.c.prediction_id.not_in(held))
+        .where(labels.c.prediction_id.not_in(held), labels.c.prediction_id.in_(known))
     )
     with store.reading() as connection:
         return connection.execute(query).scalar_one()

@@ -109,6 +109,20 @@ def test_gate_lesions_that_trained_the_other_model_are_found(version):
     )
 
 
+def test_a_gate_patient_of_whom_one_picture_trained_under_another_id_is_left_out_whole(version):
+    """As of labelled lesions whose patient stood under a pseudonym then, and is found in the base data now."""
+    from dataclasses import replace
+
+    now = version.lesions.copy()
+    one, *others = version.training_positions[:3]
+    now.loc[[one, *others], "fold"] = -1
+    now.loc[[one, *others], "group"] = "patient"
+    before = replace(version, lesions=version.lesions.drop(index=others).reset_index(drop=True))
+    after = replace(version, lesions=now)
+    seen = trained_on(before, after)
+    assert after.gate_positions[seen].tolist() == sorted([one, *others])
+
+
 def test_what_cannot_be_scored_says_why(bundle, version, tmp_path):
     from dataclasses import replace
 

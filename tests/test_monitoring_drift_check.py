@@ -33,12 +33,12 @@ def written(monkeypatch) -> list[Path]:
 
 
 @pytest.fixture
-def home(tmp_path):
+def home(tmp_path, any_store_url):
     drift_bundle(tmp_path / "bundle")
-    log = PredictionLog(f"sqlite:///{tmp_path}/store.db", str(tmp_path / "images"), str(tmp_path / "spool"))
+    log = PredictionLog(any_store_url, str(tmp_path / "images"), str(tmp_path / "spool"))
     for day in (4, 2, 1):
         log.write(records(lesions(30, day, (2, 5)), TODAY - day * DAY_US), {})
-    yield tmp_path, log
+    yield tmp_path, log, any_store_url
     log.store.close()
 
 
@@ -54,10 +54,10 @@ def label_one(log: PredictionLog, start_us: int) -> None:
 
 
 def test_missed_days_are_made_up_for_once_and_changed_ones_again(home, written):
-    folder, log = home
+    folder, log, store_url = home
     config = CheckDriftConfig(
         bundle=str(folder / "bundle"),
-        store_url=f"sqlite:///{folder}/store.db",
+        store_url=store_url,
         out=str(folder / "drift"),
         settings=SETTINGS,
         backfill=30,
@@ -72,7 +72,7 @@ def test_missed_days_are_made_up_for_once_and_changed_ones_again(home, written):
 
 
 def test_labels_alone_measure_quality_and_take_the_drift_over(home, written):
-    folder, log = home
+    folder, log, _ = home
     bundle, window = load_bundle(folder / "bundle"), Window("day", TODAY - DAY_US, TODAY)
     asked = []
 
@@ -96,7 +96,7 @@ def test_labels_alone_measure_quality_and_take_the_drift_over(home, written):
 
 
 def test_clocks_that_run_ahead_are_counted(home, written):
-    folder, log = home
+    folder, log, _ = home
     ahead = records(lesions(2, 50, (2, 2)), TODAY - DAY_US + 5, acquired_at=TODAY)
     log.write(ahead, {})
     log.write(records(lesions(1, 51, (3, 3)), TODAY + 9 * DAY_US), {})
@@ -112,7 +112,7 @@ def test_a_window_past_retention_keeps_its_report(home, written):
 
     from store.tables import predictions
 
-    folder, log = home
+    folder, log, _ = home
     window, bundle = Window("day", TODAY - DAY_US, TODAY), load_bundle(folder / "bundle")
     first = check_window(log.store, bundle, "1", window, folder / "drift", SETTINGS, lambda _: None)
     with log.store.writing() as connection:
@@ -124,7 +124,7 @@ def test_a_window_past_retention_keeps_its_report(home, written):
 def test_every_model_that_answered_is_checked_and_one_without_a_bundle_is_named(home, written, monkeypatch):
     from modeling.registry import ModelVersion
 
-    folder, log = home
+    folder, log, store_url = home
     log.write(records(lesions(30, 60, (2, 5)), TODAY - DAY_US + 3, model_version="2"), {})
     log.write(records(lesions(2, 61, (2, 2)), TODAY - DAY_US + 4, model_version="gone"), {})
 
@@ -138,7 +138,7 @@ def test_every_model_that_answered_is_checked_and_one_without_a_bundle_is_named(
             return ModelVersion(ref, str(folder / "bundle"), load_bundle(folder / "bundle").digest, "run")
 
     monkeypatch.setattr("modeling.registry.Registry", Registry)
-    places = {"store_url": f"sqlite:///{folder}/store.db", "out": str(folder / "drift"), "settings": SETTINGS}
+    places = {"store_url": store_url, "out": str(folder / "drift"), "settings": SETTINGS}
     yesterday = datetime.now(UTC).date() - timedelta(days=1)
     windows = run(CheckDriftConfig(model="all", start=yesterday, **places))["windows"]
     assert {(result["model_version"], result["status"]) for result in windows} == {

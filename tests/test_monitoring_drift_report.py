@@ -135,3 +135,16 @@ def test_a_verdict_survives_json(known, tmp_path):
     first = (tmp_path / "a" / "drift.json").read_bytes()
     write_json(tmp_path / "a" / "drift.json", verdict.to_json())
     assert (tmp_path / "a" / "drift.json").read_bytes() == first
+
+
+def test_rows_that_hold_something_else_count_as_without_a_value():
+    """Such as those of an earlier release, or of another service on the same store."""
+    from monitoring.drift_columns import columns_of_rows
+    from tests.drift_population import records
+
+    (row, *_) = [record.to_row() for record in records(lesions(1, 1, (1, 1)), 0)]
+    odd = [{"age_approx": [50.0, 51.0], "sex": ["f"]}, {"age_approx": "old"}, {"age_approx": 1e400}, {}]
+    for rows in ([{**row, "id": str(n), "metadata": odd[n]} for n in group] for group in ([0], [1, 2, 3])):
+        read = columns_of_rows([*rows, {**row, "metadata": rows[0]["metadata"], "embedding": b"12"}], TASK).columns
+        assert np.isnan(read.numbers["age_approx"]).all()
+        assert np.isfinite(read.embeddings).all(axis=1).tolist() == [True] * len(rows) + [False]

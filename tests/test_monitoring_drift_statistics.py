@@ -44,6 +44,18 @@ def test_distances_equal_the_textbook(monkeypatch):
     assert distance(categorical("c", a, b)) == pytest.approx(jensenshannon(*shares), abs=1e-6)
 
 
+@pytest.mark.parametrize(("rate", "alarms"), [(0.05, 5), (0.025, 2), (0.015, 1), (0.001, 1)])
+def test_of_exchangeable_days_no_more_than_the_rate_exceed_their_threshold(rate, alarms):
+    # Each of a hundred days once as the day, the others as the draws; under a hundred draws tell of no rarer day.
+    distances = np.linspace(0.2, 0.9, 100)
+    drifted = 0
+    for day in range(100):
+        measured = drift_statistics.Measured("f", "ks_distance", distances[day], 9, 9)
+        calibration = drift_statistics.Calibration([measured], np.delete(distances, day)[None])
+        drifted += drift_statistics.judge([calibration], rate)[0][0].drifted
+    assert drifted == alarms
+
+
 def test_resampled_distances_are_those_of_the_resampled_rows():
     """The vectorised path must measure what the plain functions measure."""
     rng = np.random.default_rng(0)

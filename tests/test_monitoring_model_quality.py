@@ -152,5 +152,13 @@ def test_labels_are_read_with_what_their_readers_agree_on(any_store_url, tmp_pat
     assert set(found.rows["meta.sex"]) <= {"female", "male"} and set(found.rows["group"]) <= {
         record.patient_hmac for record in written
     }
+    # Of an earlier release, say: it counts as without an answer, and stops no check.
+    (odd,) = records(lesions(1, 13, rows=(1, 1)), 4_000, risk=None, threshold=0.1, band=None)
+    log.write([odd], {})
+    add_label(log.store, NewLabel(odd.id, "malignant", True, "Ada", labelled_at=DAY_US), "Ada")
+    found = read_labelled_answers(log.store, 0, 10**12, "1")
+    assert found.answers == {("none", "low"): len(written)} and found.abstentions == 2
+    quality = model_quality(found, TASK, SETTINGS)
+    assert (quality["abstained_malignant"], quality["contexts"]["none"]["n"]) == (1, 5)
     assert read_labelled_answers(log.store, 10**12, 10**13).rows.empty
     log.store.close()

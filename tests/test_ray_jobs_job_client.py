@@ -183,6 +183,8 @@ def test_periods_are_utc():
         (["--key", "x", "--", "no_such_verb"], "no_such_verb"),
         (["--key", "x", "--", "../job"], "../job"),
         (["--", "check_drift"], "key"),
+        (["--key", "x", "--", "check_drift", "--store-url", "postgresql://me:pw@db/x"], r"a password, (?!.*me:pw)"),
+        (["--key", "x", "--", "check_drift", "--store-url=postgresql://:p%40w@db/x"], r"a password, (?!.*p%40w)"),
         (["--key", "a b", "--", "check_drift"], "key = 'a b'"),
         (["--key", "x", "--per", "decade", "--", "check_drift"], "per = 'decade'"),
         (["--key", "x", "--max-attempts", "0", "--", "check_drift"], "max_attempts = 0"),
@@ -194,6 +196,11 @@ def test_wrong_command_lines_are_one_line_and_exit_2(argv, text, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("submit_job: error: ")
     assert re.search(text, captured.err)
+
+
+def test_urls_without_a_password_are_flags_like_others():
+    flags = ["--store-url", "postgresql://me@db:5432/x", "--tracking-uri", "http://mlflow:5000/?a=b:c@d"]
+    assert submit_job.split_arguments(["--key", "x", "--", "check_drift", *flags])[2] == flags
 
 
 def test_the_command_line_mirrors_the_job(monkeypatch, capsys):

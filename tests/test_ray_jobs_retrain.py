@@ -20,6 +20,8 @@ from store.candidates import list_candidates
 from store.database import open_store
 from store.labels import NewLabel, add_label
 from store.retraining import list_retrainings, request_retraining
+from store.retraining_facts import count_new_labels
+from store.retraining_queue import claim_retraining, fail_retraining
 from store.tables import now_us, retrain_requests
 from tests.log_rows import prediction_row
 
@@ -163,8 +165,51 @@ def test_new_labels_train_once_and_a_failed_stage_leaves_the_champion_and_raises
     assert len(place.requests()) == before + 2 and len(store.alarms()) == 1
 
 
+def test_a_cause_that_fails_again_in_the_same_stage_is_quiet(tmp_path):
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    for trigger, stage in (("drift", "train"), ("drift", "train"), ("drift", "gate"), ("manual", "train")):
+        request_retraining(store, trigger, trigger, "why", "Ada")
+        fail_retraining(store, claim_retraining(store, 1_000_000, 3), stage, "no")
+        retrain.raise_alarms(store)
+        retrain.raise_alarms(store)
+    told = [(alarm["topic"], alarm["detail"]["stage"], alarm["quieted_by"]) for alarm in store.alarms()[::-1]]
+    assert told == [
+        ("retraining:drift", "train", None),
+        ("retraining:drift", "train", 1),
+        ("retraining:drift", "gate", None),
+        ("retraining:manual", "train", None),
+    ]
+
+
 def _first(place):
     return place.requests()[-1]["detail"]["stages"]
+
+
+def test_labels_of_the_service_reach_the_data_that_is_trained_on(tmp_path):
+    place = Place(tmp_path)
+    config = place.config()
+    config.prepare.values["add_labels"] = {"patient_key_file": None, "require": "agreed"}
+    # Asked for before anything is labelled: the files alone.
+    base = retraining_stages.prepare(config, {})
+    place.store.insert_predictions([prediction_row(f"p{number}") for number in range(4)])
+    for number, reader in ((0, "Ada"), (0, "Bob"), (1, "Ada"), (1, "Bob"), (2, "Ada"), (3, "Ada"), (3, "Bob")):
+        label = "benign" if (number, reader) == (3, "Bob") else "malignant"
+        add_label(place.store, NewLabel(f"p{number}", label, label == "malignant", reader), reader)
+    now = now_us() + DAY_US
+    # Two of four: one has a single reader, of one the readers disagree.
+    assert count_new_labels(place.store, base["digest"], now, retrain.labels_required(config)) == 2
+    made = retraining_stages.prepare(config, {})
+    assert made["num_rows"] == base["num_rows"] + 2 and made["digest"] != base["digest"]
+    assert count_new_labels(place.store, made["digest"], now, "agreed") == 0
+    assert count_new_labels(place.store, made["digest"], now, "single") == 1
+
+
+def test_the_shipped_config_adds_labels_from_its_own_store(tmp_path):
+    flags = ["--store-url", f"sqlite:///{tmp_path}/other.db"]
+    config = parse_config(RetrainConfig, flags, REPO_ROOT / "configs" / "retrain.yaml")
+    job = retraining_stages._prepare_config(config, config.prepare)
+    assert (job.add_labels.store_url, job.add_labels.required) == (config.store_url, False)
+    assert retrain.labels_required(config) == job.add_labels.require == "agreed"
 
 
 def test_drift_of_the_champion_asks_and_an_open_request_is_not_joined_by_another(place):

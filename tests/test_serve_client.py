@@ -471,6 +471,8 @@ def test_alarms_figures_and_the_way_to_a_new_model(client, served):
         client.approve("8", "again")
     asked = client.retrain("new camera", "drift")
     assert client.retrain_request(asked.retrain_id).reason == "new camera"
+    asked = [client.retrain("again").retrain_id, asked.retrain_id]
+    assert [item.retrain_id for item in client.retrain_requests(limit=1)] == asked
     assert client.model().classes == ["benign", "malignant"] and client.ready().status == "ok"
 
 
@@ -480,6 +482,8 @@ def test_the_async_client_on_the_real_routes(served):
             answers = await asyncio.gather(*(client.predict(lesion_image(2000 + n), METADATA) for n in range(6)))
             logged = [item.prediction_id async for item in client.predictions(limit=4)]
             assert set(logged) == {answer.prediction_id for answer in answers}
+            asked = [(await client.retrain("why", trigger)).retrain_id for trigger in ("manual", "drift")]
+            assert [item.retrain_id async for item in client.retrain_requests(limit=1)] == asked[::-1]
             accepted = await client.submit(lesion_image(2100))
             assert (await client.wait_for_submission(accepted.submission_id)).state == "done"
             with pytest.raises(RefusedError, match="415"):

@@ -192,7 +192,8 @@ def test_new_labels_are_predictions_that_the_data_set_does_not_hold(store):
     store.insert_predictions(rows)
     for number in (0, 1, 2):
         add_label(store, NewLabel(f"p{number}", "mel", True, "Ada", labelled_at=1000 + number), "Ada")
-    add_label(store, NewLabel("p0", "nv", False, "Bob", labelled_at=1000), "Bob")
+    add_label(store, NewLabel("p0", "mel", True, "Bob", labelled_at=1000), "Bob")
+    assert count_new_labels(store, "d" * 64, 2000, "agreed") == 1
     assert count_new_labels(store, "d" * 64, 2000) == 3
     assert count_new_labels(store, "d" * 64, 1000) == 1
     held = {"prediction_id": "p1", "label_id": 2, "patient_hmac": None}
@@ -201,6 +202,10 @@ def test_new_labels_are_predictions_that_the_data_set_does_not_hold(store):
             connection.execute(sql.insert(dataset_predictions).values(dataset_digest=digest, **held))
     assert count_new_labels(store, "d" * 64, 2000) == 2
     assert count_new_labels(store, "f" * 64, 2000) == 3
+    add_label(store, NewLabel("p0", "nv", False, "Bob", labelled_at=1500), "Bob")
+    assert [count_new_labels(store, "f" * 64, 2000, need) for need in ("single", "agreed")] == [2, 0]
+    add_label(store, NewLabel("p0", "nv", False, "Eve", labelled_at=1500, adjudication=True), "Eve")
+    assert [count_new_labels(store, "f" * 64, 2000, need) for need in ("single", "agreed")] == [3, 1]
 
 
 def test_when_the_last_trainings_ended(store):
