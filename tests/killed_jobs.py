@@ -24,7 +24,7 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ def check_every_kill(
     assert steps > 0, f"{job.verb} wrote nothing: {result}"
     assert not str(result).startswith("refused"), result
     job.run()
-    assert state() == expected, f"{job.verb} run twice is not {job.verb} run once"
+    differs = "; ".join(_differences(expected, state()))
+    assert not differs, f"{job.verb} run twice is not {job.verb} run once: {differs}"
     points = (
         range(1, steps + 1) if steps <= max_points else sorted({1 + i * steps // max_points for i in range(max_points)})
     )
@@ -198,8 +199,21 @@ def check_every_kill(
         assert job.kill_at(point), f"{job.verb} took fewer than {point} steps of {steps}"
         after_kill()
         result, _ = job.run()
-        assert state() == expected, f"killed at step {point} of {steps}, then: {result}"
+        differs = "; ".join(_differences(expected, state()))
+        assert not differs, f"killed at step {point} of {steps}, then {str(result)[:300]}: {differs}"
     return steps
+
+
+def _differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
+    """What is other in one than in the other, by its place."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}, key=str):
+            yield from _differences(expected.get(key), found.get(key), f"{where}/{key}")
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _differences(one, other, f"{where}/{number}")
+    elif expected != found:
+        yield f"{where}: {str(found)[:2000]}, expected {str(expected)[:2000]}"
 
 
 def rows(store_url: str, *leave_out: str) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.old_stores import all_rows, make_version_1, plain_engine
 from tests.test_data_pipelines_label_additions import TASK, World
 from tests.test_ray_jobs_check_drift import FIRST_DAY, SETTINGS, drift_bundle, midnight
 from tests.tiny_bundle import tiny_bundle
+from tests.webhook_receiver import webhook_receiver
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -83,7 +85,7 @@ def test_check_drift_leaves_one_report_one_alarm_of_each_kind_sent_once(home, ch
         add_label(log.store, NewLabel(record.id, ("benign", "malignant")[number % 2], number % 2 == 1, "Ada"), "clinic")
     log.store.close()
     places = {"store_url": store_of(home), "out": str(home / "drift"), "bundle": str(bundle)}
-    settings = {"settings": SETTINGS | {"num_resamples": 100, "num_splits": 10}, "quality": {"num_resamples": 100}}
+    settings = {"settings": SETTINGS | {"num_resamples": 100, "num_splits": 10}}
 
     def leases_end():
         with closing(open_store(store_of(home))) as store, store.writing() as connection:
@@ -93,11 +95,13 @@ def test_check_drift_leaves_one_report_one_alarm_of_each_kind_sent_once(home, ch
         # Evidently draws ids for its pages.
         return rows(store_of(home), "attempts", "sent_at"), files(home / "drift", contents=False)
 
-    # A run takes Evidently's 2 s: every third step.
-    steps = check(
-        "check_drift", {**places, **settings, "start": FIRST_DAY}, state, max_points=12, after_kill=leases_end
-    )
-    assert steps >= 12
+    with webhook_receiver() as receiver:
+        channel = {"name": "chat", "url": receiver.url, "format": "text"}
+        config = {**places, **settings, "start": FIRST_DAY, "alarms": {"channels": [channel]}}
+        # A run takes Evidently's 2 s: every third step.
+        assert check("check_drift", config, state, max_points=10, after_kill=leases_end) >= 20
+    # One message, whoever sent it: it may come twice, and receivers take an id once.
+    assert len(set(receiver.ids)) == 1
     found = rows(store_of(home))
     assert "'drift'" in str(found["alarms"]) and "quality" in str(found["drift_reports"]) and len(found["labels"]) == 50
     assert found["alarm_deliveries"] and all("'sent'" in row for row in found["alarm_deliveries"])
@@ -233,10 +237,12 @@ def test_erase_patient_reaches_every_copy(home, check):
         left = [path.name for path in home.glob("store.db*") if b"pictured" in path.read_bytes()]
         copies = {name: hash_ for name, hash_ in files(home).items() if not name.startswith("store.db")}
         held = [name for name in copies if theirs in (home / name).read_bytes()]
-        return left, held, copies, rows(store_of(home))
+        stored = rows(store_of(home))
+        # An entry counts the files that its own run removed, and a killed one has removed some.
+        stored["audit"] = [re.sub(r"'image_files': \d+", "", entry) for entry in stored["audit"]]
+        return left, held, copies, stored
 
-    # Every folder of a version that is removed is some: about seventy.
-    assert check("erase_patient", config, state, max_points=40) >= 20
+    assert check("erase_patient", config, state) >= 30
     assert state()[:2] == ([], []) and not any(name.startswith("pictures/") for name in files(home))
     assert "others" in str(state()[3]["predictions"])
 
@@ -363,7 +369,7 @@ def stand_in_for_ray():
 def test_retrain_ends_a_request_with_one_candidate(home, tmp_path, check):
     registry = Registry(f"sqlite:///{home}/mlflow.db", "dermray", str(home / "artifacts"))
     registry.log_candidate(tiny_bundle(tmp_path / "bundle", name="first").directory, "first", {}, {})
-    task = small_population.BINARY
+    task = small_population.BINARY.model_copy(update={"label_values": ["0", "1"]})
     table = small_population.lesions(patients=20, each=3).drop(columns=["fold", "label", "context"])
     table = table.rename(columns={"id": "isic_id", "group": "patient_id"})
     table["target"] = np.arange(len(table)) % 2
@@ -393,7 +399,7 @@ def test_retrain_ends_a_request_with_one_candidate(home, tmp_path, check):
     def state():
         fresh = Registry(registry.tracking_uri, "dermray", str(home / "artifacts"))
         found = fresh.client.search_model_versions("name = 'dermray'")
-        versions = sorted((version.version, fresh.resolve(version.version).digest) for version in found)
+        versions = sorted((str(version.version), fresh.resolve(str(version.version)).digest) for version in found)
         datasets = files(home / "datasets")
         return versions, fresh.find("candidate").version, rows(store_of(home), "job_id"), datasets
 
