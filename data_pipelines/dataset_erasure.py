@@ -24,7 +24,7 @@ from data_pipelines.hdf5_index import build_index, open_hdf5
 from data_pipelines.metadata_table import QuarantinedRow
 from data_pipelines.split_report import class_counts, split_report
 from modeling.schema import TaskSpec
-from store.synced_files import sync_folder
+from store.synced_files import replace_synced, sync_folder
 
 _OWN_IMAGES = ("*.hdf5", "*.h5")
 _TABLE, _FACTS, _QUARANTINE, _REPORT = "lesions.parquet", "dataset.json", "quarantine.csv", "report.json"
@@ -163,9 +163,7 @@ def move_latest(old: Path, new: Path | None) -> None:
     if new is None:
         latest.unlink()
     else:
-        temporary = latest.with_name(f".LATEST.{os.getpid()}")
-        temporary.write_text(new.name + "\n", encoding="utf-8")
-        os.replace(temporary, latest)
+        replace_synced(latest, f"{new.name}\n".encode())
     sync_folder(old.parent)
 
 

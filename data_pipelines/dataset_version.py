@@ -28,7 +28,7 @@ from data_pipelines.split_report import class_counts, report_lines, split_report
 from data_pipelines.stratified_folds import GATE_FOLD, assign_folds, check_groups, folds_by_value
 from modeling.schema import TaskSpec
 from store.dataset_lineage import PredictionsGoneError
-from store.synced_files import sync_folder
+from store.synced_files import replace_synced, sync_folder
 
 # Part of the digest: raise it when the same input would give another table.
 FORMAT_VERSION = 2
@@ -100,15 +100,15 @@ def prepare_version(
         additions.find(task, table, images is not None, say)
         digest = additions.digest(base_digest)
     folder = Path(out) / digest[:12]
+    # Named by what it depends on, so that another attempt goes on with it, also one with other folds.
+    checked = json.dumps([FORMAT_VERSION, task.model_dump(mode="json"), hashes], sort_keys=True)
+    work = Path(out) / f".preparing-{hashlib.sha256(checked.encode()).hexdigest()[:12]}"
     if (folder / "dataset.json").exists():
         facts = _reuse(folder, images, digest)
         say(f"{folder} has the same content already; nothing to do")
         if additions is not None:
             additions.register(digest, base_digest, folder, pd.read_parquet(folder / TABLE))
     else:
-        # Named by what it depends on, so that another attempt goes on with it, also one with other folds.
-        checked = json.dumps([FORMAT_VERSION, task.model_dump(mode="json"), hashes], sort_keys=True)
-        work = Path(out) / f".preparing-{hashlib.sha256(checked.encode()).hexdigest()[:12]}"
         if not len(table):
             raise ValueError(f"metadata file {metadata} has no usable row; {_reasons(quarantine)}")
         if images is None:
@@ -147,17 +147,18 @@ def prepare_version(
             # Before a picture is copied: from here on an erasure finds the version.
             additions.register(digest, base_digest, folder, table)
         _write(folder, table, quarantine, facts, report, additions)
-        shutil.rmtree(work, ignore_errors=True)
         for line in report_lines(report):
             say(line)
         say(f"wrote {folder}: {len(table)} rows, {len(quarantine)} quarantined")
+    # Also of an attempt that was killed once its version was there.
+    shutil.rmtree(work, ignore_errors=True)
     if additions is not None:
         try:
             additions.finish(digest, facts["num_rows"])
         except PredictionsGoneError:
             shutil.rmtree(folder)
             raise
-    _replace_text(Path(out) / "LATEST", folder.name + "\n")
+    replace_synced(Path(out) / "LATEST", f"{folder.name}\n".encode())
     shown = ("digest", "num_rows", "num_quarantined", "num_folds", "class_counts", "synthetic")
     added = {} if additions is None else {"added": facts["added"], "parent_digest": base_digest}
     return {"dataset": str(folder), **{name: facts[name] for name in shown}, **added}
@@ -194,7 +195,7 @@ def _reuse(folder: Path, images: str | None, digest: str) -> dict[str, Any]:
     if facts["images"] != here:
         # The same bytes at another path: content and byte ranges hold, only the pointer moves.
         facts["images"] = here
-        _replace_text(folder / "dataset.json", json.dumps(facts, indent=1))
+        replace_synced(folder / "dataset.json", json.dumps(facts, indent=1).encode())
     return facts
 
 
@@ -280,11 +281,9 @@ def _write(
 ) -> None:
     """Writes beside the final place and renames, so that a version is whole or absent."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    if additions is not None:
-        # Of attempts that were cut off: they may hold pictures.
-        for leftover in folder.parent.glob(f".{folder.name}.*"):
-            shutil.rmtree(leftover)
+    # Of attempts that were cut off: they may hold pictures.
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     staging.mkdir(parents=True)
     try:
         if additions is not None:
@@ -300,15 +299,7 @@ def _write(
     if folder.exists():
         # Without dataset.json it was never a version; a finished one is reused before this point.
         shutil.rmtree(folder)
-    if additions is not None:
-        sync_files(staging)
-        sync_folder(staging)
+    sync_files(staging)
+    sync_folder(staging)
     os.rename(staging, folder)
-    if additions is not None:
-        sync_folder(folder.parent)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    sync_folder(folder.parent)

@@ -18,6 +18,7 @@ from data_pipelines.progress import Progress
 from data_pipelines.synthetic_lesions import LesionAppearance, encode_jpeg, random_size, render_lesion
 from data_pipelines.synthetic_metadata import TEST_COLUMNS, build_metadata
 from data_pipelines.synthetic_patients import Latents, draw_latents
+from store.synced_files import replacing
 
 MARK = "SYNTHETIC.txt"
 PROGRESS_ROWS = 500
@@ -101,9 +102,11 @@ def write_sample(
             with Progress(f"{name}, lesions", say) as progress:
                 write_images(out / name, table["isic_id"], np.flatnonzero(chosen), picture, pool, progress)
     train = table[~held_out].reset_index(drop=True)
-    train.to_csv(out / "train-metadata.csv", index=False)
+    with replacing(out / "train-metadata.csv") as temporary:
+        train.to_csv(temporary, index=False)
     if num_test_patients:
-        table.loc[held_out, list(TEST_COLUMNS)].to_csv(out / "test-metadata.csv", index=False)
+        with replacing(out / "test-metadata.csv") as temporary:
+            table.loc[held_out, list(TEST_COLUMNS)].to_csv(temporary, index=False)
     return train
 
 
@@ -123,14 +126,12 @@ def write_images(
         on_progress: called with (written, to write).
     """
     names = ids.to_numpy(str)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         for start in range(0, len(rows), PROGRESS_ROWS):
             part = rows[start : start + PROGRESS_ROWS].tolist()
             for row, data in zip(part, pool.map(picture, part), strict=True):
                 file.create_dataset(names[row], data=np.bytes_(data))
             on_progress(start + len(part), len(rows))
-    os.replace(temporary, path)
 
 
 class _Shown:

@@ -23,7 +23,7 @@ from monitoring.drift_segments import (
 )
 from monitoring.drift_statistics import Feature, FeatureDrift, calibrate, judge, present
 from monitoring.embedding_drift import EmbeddingDrift
-from store.synced_files import sync_folder, write_synced
+from store.synced_files import replace_synced
 
 # Part of every window's input digest: a window is judged again when the statistics change.
 STATISTICS_VERSION = 3
@@ -193,5 +193,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all; equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-    write_synced(path, (text + "\n").encode())
-    sync_folder(path.parent)
+    replace_synced(path, (text + "\n").encode())

@@ -6,7 +6,6 @@ Evidently takes 7-12 s to import, so everything of it is imported inside the fun
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from monitoring.drift_statistics import STATISTIC_NAMES, Feature, FeatureDrift, kolmogorov_smirnov
+from store.synced_files import replacing
 
 # Ids in the workspace are made from names: the same window is the same snapshot, whoever writes it again.
 _NAMESPACE = uuid.UUID("6f1d3c52-6f0e-4a53-9a39-0b9d0b3c6a11")
@@ -162,10 +162,6 @@ def _register_ks_distance() -> None:
 
 
 def _replace(path: Path, save: Callable[[str], object]) -> None:
-    """Saves under a temporary name first, so that a cut-off run leaves no half report."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    try:
+    """Saves under a temporary name first, so that a cut-off run leaves no half report, and nothing beside it."""
+    with replacing(path) as temporary:
         save(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -195,6 +195,16 @@ def holds_patients(file: IO[bytes], patients: Collection[str]) -> bool:
     return False
 
 
+def count_file_rows(file: IO[bytes]) -> int:
+    """How many rows an export holds.
+
+    Raises:
+        ValueError: not an export.
+    """
+    with _opened(file) as parquet:
+        return parquet.metadata.num_rows
+
+
 def without_patients(file: IO[bytes], patients: Collection[str]) -> Iterable[tuple[pa.Table, int]]:
     """The tables of an export without the rows of these pseudonyms, and how many rows each has lost.
 

@@ -60,6 +60,9 @@ def run(config: ApplyRetentionConfig) -> dict[str, Any]:
         for name, number in due.items():
             say(f"{name}: {number:,} due")
         if config.dry_run or not any(due.values()):
+            if not config.dry_run:
+                # A run that was killed once all was removed may have left deleted rows in it.
+                empty_write_ahead_log(store)
             return {"dry_run": config.dry_run, "due": due, "removed": {}}
         # Before anything goes: a run that is killed has left its entry, and the next one counts what is left.
         days = {name: value for name, value in config.model_dump().items() if name.endswith("_days") and value}

@@ -19,7 +19,7 @@ from store.image_files import ImageFiles
 from store.label_consensus import State
 from store.label_tasks import LabelTask, select_label_tasks
 from store.prediction_records import PredictionFilter
-from store.synced_files import sync_folder, write_synced
+from store.synced_files import replace_synced
 
 
 class ExportLabelTasksConfig(ModelChoice):
@@ -94,9 +94,8 @@ def run(config: ExportLabelTasksConfig) -> dict[str, Any]:
     tasks = [label_task(item, config.address(item.row), task, config.suggestion, config.metadata) for item in chosen]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_synced(out / "labelling_config.xml", labelling_config(task).encode())
-    write_synced(out / "tasks.json", json.dumps(tasks, indent=1, allow_nan=False).encode())
-    sync_folder(out)
+    replace_synced(out / "labelling_config.xml", labelling_config(task).encode())
+    replace_synced(out / "tasks.json", json.dumps(tasks, indent=1, allow_nan=False).encode())
     uncertain = sum(item.selected_by == "uncertain" for item in chosen)
     say(f"{len(tasks)} of {available} predictions: {uncertain} uncertain, {len(tasks) - uncertain} random")
     return {

@@ -25,7 +25,7 @@ from ray_jobs.model_choice import ModelChoice
 from store.database import Store, StoreUnavailableError, open_store
 from store.labels import ReaderAdjudicatesError, add_label
 from store.shadow_records import is_shadow_id
-from store.synced_files import sync_folder, write_synced
+from store.synced_files import replace_synced
 
 ACTOR = "import_labels"
 
@@ -105,8 +105,7 @@ def run(config: ImportLabelsConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     report = out / f"{Path(config.file).stem}-{hashlib.sha256(data).hexdigest()[:12]}.json"
     content = {"file": config.file, **counts, "refused": reasons, "problems": [item._asdict() for item in problems]}
-    write_synced(report, json.dumps(content, indent=1).encode())
-    sync_folder(out)
+    replace_synced(report, json.dumps(content, indent=1).encode())
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or "none"
     say(f"{counts['added']} labels added, {counts['known']} known, {counts['outdated']} outdated; refused: {listed}")
     return {**counts, "refused": reasons, "report": str(report)}

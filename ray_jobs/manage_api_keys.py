@@ -1,12 +1,16 @@
 """Makes, lists and revokes the keys that callers of the HTTP service send as X-API-Key.
 
 `--action create --name N --role R --actor WHO` prints the key once, in the last line; the store keeps its SHA-256 only.
+With `--key-file` it is written there first, and a run that was cut off before the store had it is finished by the same
+command. Without, every run makes another key: one whose text was never seen is found by `--action list`, and revoked.
 To replace a key, make a second one of the same name, hand it over, then `--action revoke --id ID --actor WHO`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +19,9 @@ from pydantic import Field
 
 from modeling.locations import SUBMITTED
 from ray_jobs.job import JobConfig, Location, run_job
-from store.api_keys import ROLES, ApiKey, create_api_key, list_api_keys, revoke_api_key
+from store.api_keys import ROLES, ApiKey, create_api_key, is_key_text, list_api_keys, new_key_text, revoke_api_key
 from store.database import Store, StoreUnavailableError, open_store
+from store.synced_files import replacing
 
 
 class ManageApiKeysConfig(JobConfig):
@@ -31,6 +36,7 @@ class ManageApiKeysConfig(JobConfig):
     store_url: Location = "sqlite:///store.db"
 
 
+_MAX_KEY_FILE_BYTES = 200
 _FLAGS = {"create": ("name", "role", "actor"), "revoke": ("id", "actor"), "list": ()}
 
 
@@ -68,19 +74,54 @@ def _create(config: ManageApiKeysConfig, store: Store) -> dict[str, Any]:
         return {**_shown(key), "key": text}
     path = Path(config.key_file)
     try:
-        # Made before the key, which would otherwise live without anyone who has it.
+        # On disk before the store has the key, which would otherwise live without anyone who has it.
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        left = _left_key(path)
+        text = left or _write_key(path)
     except OSError as error:
         raise ValueError(f"key_file {path}: {error.strerror}") from error
     try:
-        with os.fdopen(descriptor, "w") as file:
-            key, text = create_api_key(store, config.name, config.role, config.actor)
-            file.write(text + "\n")
-    except BaseException:
+        key, _ = create_api_key(store, config.name, config.role, config.actor, text)
+    except ValueError as error:
+        if left is not None:
+            raise ValueError(f"key_file {path}: File exists; {error}") from error
         path.unlink()
         raise
     return {**_shown(key), "key_file": str(path)}
+
+
+def _left_key(path: Path) -> str | None:
+    """The key in a file that perhaps a run left which was cut off before the store had it; None where there is no file.
+
+    Raises:
+        OSError: the file is none that such a run leaves, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        facts = os.fstat(descriptor)
+        # What others can write or read is no secret of ours.
+        ours = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
+        text = os.read(descriptor, _MAX_KEY_FILE_BYTES).decode("ascii", "replace") if ours else ""
+    finally:
+        os.close(descriptor)
+    if not is_key_text(text.removesuffix("\n")):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    return text.removesuffix("\n")
+
+
+def _write_key(path: Path) -> str:
+    """Writes a new key to a new file, readable by its owner only; returns the key."""
+    text = new_key_text()
+    with replacing(path) as temporary:
+        # Under the folder's lock: no other run's file is replaced.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return text
 
 
 def run(config: ManageApiKeysConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from monitoring.prediction_log import patient_hmac
 from ray_jobs.job import JobConfig, Location, run_job, say
 from store.database import StoreUnavailableError, open_store
 from store.dataset_lineage import PredictionsGoneError
+from store.synced_files import replace_synced
 
 ATTEMPTS = 3
 
@@ -115,7 +116,7 @@ def check(dataset: str, metadata: str, limits: CheckLimits) -> dict[str, str]:
         say(f"{verdict.verdict.upper():<4}  {verdict.check:<{width}}  {verdict.detail}")
     # Beside the version, which never changes: the limits may.
     report = Path(f"{dataset}.checks.json")
-    report.write_text(json.dumps([Verdict._asdict(verdict) for verdict in verdicts], indent=1), encoding="utf-8")
+    replace_synced(report, json.dumps([Verdict._asdict(verdict) for verdict in verdicts], indent=1).encode())
     failed = [verdict for verdict in verdicts if verdict.verdict == "fail"]
     if failed:
         reasons = "; ".join(f"{verdict.check}: {verdict.detail}" for verdict in failed)

@@ -32,7 +32,7 @@ from store.candidates import (
 )
 from store.database import Store, open_store
 from store.refusals import record_refusal
-from store.synced_files import sync_folder, write_synced
+from store.synced_files import replace_synced
 
 if TYPE_CHECKING:
     from modeling.bundle import Bundle
@@ -131,9 +131,8 @@ def _write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(report.as_json() | {"notes": notes}, indent=1).encode()
     page = path.with_suffix(".md")
-    write_synced(path, content)
-    write_synced(page, markdown(report, target.version, champion, notes).encode())
-    sync_folder(path.parent)
+    replace_synced(path, content)
+    replace_synced(page, markdown(report, target.version, champion, notes).encode())
     for file in (path, page):
         registry.log_artifact_file(target, file, "promotion_gate")
     return {

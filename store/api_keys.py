@@ -18,6 +18,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 KEY_PREFIX = "drk_"
 _KEY_BYTES = 32
+# 32 bytes in base64url.
+_KEY_TEXT = re.compile(KEY_PREFIX + r"[A-Za-z0-9_-]{43}")
 _MAX_TEXT = 255
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # What callers of a service without keys are called: a key of this name would own their records.
@@ -48,7 +50,17 @@ def _named(value: str, field: str) -> str:
     return text
 
 
-def create_api_key(store: Store, name: str, role: str, actor: str) -> tuple[ApiKey, str]:
+def new_key_text() -> str:
+    """A key that nobody has."""
+    return KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def is_key_text(text: str) -> bool:
+    """Whether a text is such as `new_key_text` makes."""
+    return _KEY_TEXT.fullmatch(text) is not None
+
+
+def create_api_key(store: Store, name: str, role: str, actor: str, text: str | None = None) -> tuple[ApiKey, str]:
     """Makes a key; returns it and its text, which is kept nowhere.
 
     Two live keys may have one name, so that a key can be replaced without a gap.
@@ -56,9 +68,10 @@ def create_api_key(store: Store, name: str, role: str, actor: str) -> tuple[ApiK
     Args:
         name: who uses the key; the log, the audit trail and idempotency keys know a request by it.
         actor: who makes it.
+        text: of `new_key_text`, where it was kept before the key is made; None: a new one.
 
     Raises:
-        ValueError: a name, role or actor that cannot be.
+        ValueError: a name, role or actor that cannot be, or the store has a key of this text.
         StoreUnavailableError: nothing was made.
     """
     name, actor = _named(name, "name"), _named(actor, "actor")
@@ -66,9 +79,12 @@ def create_api_key(store: Store, name: str, role: str, actor: str) -> tuple[ApiK
         raise ValueError(f"name is {name!r}, which stands for callers without a key; expected another")
     if role not in ROLES:
         raise ValueError(f"role is {role!r}; expected one of {', '.join(ROLES)}")
-    text = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    text = new_key_text() if text is None else text
     key = ApiKey(secrets.token_hex(6), name, role, hash_key(text), now_us())
     with store.writing() as connection:
+        same = connection.execute(sql.select(api_keys.c.id).where(api_keys.c.key_hash == key.key_hash)).scalar()
+        if same is not None:
+            raise ValueError(f"the store has this key already, as {same}")
         connection.execute(sql.insert(api_keys).values(**vars(key)))
         store._append_audit(connection, actor, "create_api_key", f"api_key/{key.id}", {"name": name, "role": role})
     return key, text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import os
 import re
 import time
@@ -61,9 +62,36 @@ def write_synced(path: Path, data: bytes) -> None:
         raise
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write; when the block ends, the file is on disk in its place, or was removed where the
+    block raised. What killed ones have left of this file goes: under the folder's lock, so not another's that is at
+    work. The block must not take that lock."""
+    with folder_lock(path.parent):
+        for leftover in temporary_files(path):
+            leftover.unlink(missing_ok=True)
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def replace_synced(path: Path, data: bytes) -> None:
+    """Writes a file as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def temporary_files(path: Path) -> list[Path]:
     """What interrupted writes of this file have left beside it."""
-    return list(path.parent.glob(f".{path.name}.*.tmp"))
+    found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return [other for other in found if target_of(other.name) == path.name]
 
 
 def target_of(name: str) -> str | None:

@@ -1,7 +1,16 @@
-"""Runs jobs in processes that are killed just before one of their durable steps, and again to the end.
+"""Runs jobs in processes that are killed at one of their durable steps, and again to the end.
 
-A durable step is a commit to any database, or a file or folder that is renamed into place or removed: killed between
-two of them, a job leaves what it leaves when it is killed just before the second.
+Steps are seen by Python's audit events, whoever makes them and in whatever thread, and by SQLAlchemy's commits:
+
+- a file or folder below the job's home that is renamed, linked, truncated or removed: killed just before it;
+- a file there that is opened for writing: killed just after, when it is made or emptied and nothing is in it;
+- a file's `fsync`, when its bytes are written and nobody was told: killed just before it;
+- a commit to any database: killed just before it.
+
+Between two of these a job leaves what it leaves at the second. Not seen: what C libraries write by themselves (HDF5,
+SQLite, Parquet's own files: each of ours is renamed into place), half a `write` (a torn line: see the tests of the
+files that are appended to), and processes that a job starts; none of the jobs here starts one. SIGKILL takes a process,
+not the machine: whether what was synced survives a power cut is no question of these tests.
 """
 
 from __future__ import annotations
@@ -13,7 +22,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +33,71 @@ import sqlalchemy as sql
 from store.database import Store, open_store
 from store.tables import schema
 
-FILE_STEPS = ("replace", "rename", "unlink", "remove", "rmdir")
+# Audit event -> the places of a path and of the descriptor of the folder that it is relative to.
+_BEFORE = {"os.rename": (0, 2), "os.link": (0, 2), "os.symlink": (1, 2), "os.remove": (0, 1), "os.rmdir": (0, 1)}
+_BEFORE |= {"os.truncate": (0, None)}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Other in every run: when something was done, and what a database numbers.
 VOLATILE = frozenset(
     {"created_at", "raised_at", "decided_at", "requested_at", "finished_at", "at", "deleted_at", "erased_at"}
-    | {"labelled_at", "stored_at", "hash", "previous_hash"}
+    | {"labelled_at", "stored_at", "hash", "previous_hash", "leased_until", "attempt", "next_attempt_at"}
 )
 
 
-def _count_steps(kill_before: int) -> Callable[[], int]:
-    """Kills this process before its n-th durable step; 0: never. Returns what tells how many there were."""
+def _path(path: Any, folder: Any = None) -> str:
+    """Where a path of an audit event leads."""
+    if isinstance(path, int):
+        return os.readlink(f"/proc/self/fd/{path}")
+    base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
+    return os.path.abspath(os.path.join(base, os.fsdecode(path)))
+
+
+def _count_steps(kill_at: int, home: str) -> Callable[[], int]:
+    """Kills this process at its n-th durable step; 0: never. Returns what tells how many there were."""
     numbers = itertools.count(1)
     seen = [0]
 
-    def step(*_: Any) -> None:
-        seen[0] = next(numbers)
-        if seen[0] == kill_before:
+    def step(leave: Callable[[], Any] = lambda: None) -> None:
+        number = seen[0] = next(numbers)
+        if number == kill_at:
+            leave()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(whole: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
+    def at_home(path: Any, folder: Any = None) -> bool:
+        return _path(path, folder).startswith(home + "/")
+
+    def look(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            # The call itself comes next: killed here, its file is made as the call would.
+            if flags & _WRITING and not isinstance(path, int) and at_home(path):
+                step(lambda: os.close(os.open(path, flags, 0o600)))
+        elif event in _BEFORE:
+            place, folder = _BEFORE[event]
+            if at_home(arguments[place], None if folder is None else arguments[folder]):
+                step()
+
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and at_home(descriptor):
             step()
-            return whole(*arguments, **options)
+        fsync(descriptor)
 
-        return call
-
-    for name in FILE_STEPS:
-        setattr(os, name, counted(getattr(os, name)))
-    sql.event.listen(sql.engine.Engine, "commit", step)
+    sys.addaudithook(look)
+    os.fsync = counted
+    sql.event.listen(sql.engine.Engine, "commit", lambda _: step())
     return lambda: seen[0]
 
 
-def _run(verb: str, config: dict[str, Any], kill_before: int, answers: Any) -> None:
+def _run(
+    verb: str, config: dict[str, Any], home: str, kill_at: int, stand_in: Callable[[], None] | None, answers: Any
+) -> None:
     job = importlib.import_module(f"ray_jobs.{verb}")
     model = next(value for name, value in vars(job).items() if name.lower() == verb.replace("_", "") + "config")
-    steps = _count_steps(kill_before)
+    if stand_in is not None:
+        stand_in()
+    steps = _count_steps(kill_at, home)
     try:
         result = job.run(model(**config))
     except ValueError as error:
@@ -65,10 +106,24 @@ def _run(verb: str, config: dict[str, Any], kill_before: int, answers: Any) -> N
 
 
 class Job:
-    """One verb with its config, run in processes that start with everything heavy imported."""
+    """One verb with its config, run in processes that start with everything heavy imported.
 
-    def __init__(self, verb: str, config: Mapping[str, Any], preload: tuple[str, ...] = ()):
+    Args:
+        home: folder of all that the job writes.
+        preload: modules, imported once for all; those of the first job of a test run alone.
+        stand_in: called in each process before the job; a function of a module.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        config: Mapping[str, Any],
+        home: Path,
+        preload: tuple[str, ...] = (),
+        stand_in: Callable[[], None] | None = None,
+    ):
         self.verb, self.config = verb, dict(config)
+        self._home, self._stand_in = str(home.resolve()), stand_in
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.killed_jobs", f"ray_jobs.{verb}", *preload])
 
@@ -85,8 +140,8 @@ class Job:
         process.join()
         return answer
 
-    def kill_before(self, step: int) -> bool:
-        """Runs until just before the n-th durable step; False where it ended before."""
+    def kill_at(self, step: int) -> bool:
+        """Runs until the n-th durable step; False where it ended before."""
         receiving, sending = self._context.Pipe(duplex=False)
         process = self._start(step, sending)
         sending.close()
@@ -94,8 +149,9 @@ class Job:
         receiving.close()
         return process.exitcode == -signal.SIGKILL
 
-    def _start(self, kill_before: int, sending: Any) -> Any:
-        process = self._context.Process(target=_run, args=(self.verb, self.config, kill_before, sending))
+    def _start(self, kill_at: int, sending: Any) -> Any:
+        arguments = (self.verb, self.config, self._home, kill_at, self._stand_in, sending)
+        process = self._context.Process(target=_run, args=arguments)
         process.start()
         return process
 
@@ -112,29 +168,52 @@ class Home:
         shutil.copytree(self._kept, self.folder)
 
 
-def check_every_kill(job: Job, home: Home, state: Callable[[], Any], max_points: int = 60) -> int:
-    """Asserts that a run that was killed before any of its durable steps, and was run again, ends as one that was not,
-    and that yet another run changes nothing; returns the number of steps.
+def check_every_kill(
+    job: Job,
+    home: Home,
+    state: Callable[[], Any],
+    max_points: int = 60,
+    after_kill: Callable[[], None] = lambda: None,
+) -> int:
+    """Asserts that a run that was killed at any of its durable steps, and was run again, ends as one that was not, and
+    that yet another run changes nothing; returns the number of steps.
 
     Args:
         state: what is to be the same, without what is other in every run.
         max_points: of more steps than these, evenly spread ones are tried.
+        after_kill: what passes before the next run, as time does.
     """
     home.restore()
     result, steps = job.run()
     expected = state()
     assert steps > 0, f"{job.verb} wrote nothing: {result}"
+    assert not str(result).startswith("refused"), result
     job.run()
-    assert state() == expected, f"{job.verb} run twice is not {job.verb} run once"
+    differs = "; ".join(_differences(expected, state()))
+    assert not differs, f"{job.verb} run twice is not {job.verb} run once: {differs}"
     points = (
         range(1, steps + 1) if steps <= max_points else sorted({1 + i * steps // max_points for i in range(max_points)})
     )
     for point in points:
         home.restore()
-        assert job.kill_before(point), f"{job.verb} took fewer than {point} steps of {steps}"
-        job.run()
-        assert state() == expected, f"killed before step {point} of {steps}"
+        assert job.kill_at(point), f"{job.verb} took fewer than {point} steps of {steps}"
+        after_kill()
+        result, _ = job.run()
+        differs = "; ".join(_differences(expected, state()))
+        assert not differs, f"killed at step {point} of {steps}, then {str(result)[:300]}: {differs}"
     return steps
+
+
+def _differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
+    """What is other in one than in the other, by its place."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}, key=str):
+            yield from _differences(expected.get(key), found.get(key), f"{where}/{key}")
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _differences(one, other, f"{where}/{number}")
+    elif expected != found:
+        yield f"{where}: {str(found)[:2000]}, expected {str(expected)[:2000]}"
 
 
 def rows(store_url: str, *leave_out: str) -> dict[str, list[str]]:
