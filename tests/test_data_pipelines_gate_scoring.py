@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_pipelines import score_parts, table_scoring
 from data_pipelines.gate_scoring import find_version, gate_risks, trained_on, why_not_scored
+from data_pipelines.image_reader import JoinedFiles
 from modeling.metrics import risk, roc_auc
 from tests.gate_lesions import bundle_of, make_lesions, stream_in_process
 from tests.tiny_bundle import tiny_task
@@ -47,6 +52,17 @@ def test_every_context_gets_the_risk_that_the_model_gives(bundle, version, tmp_p
     columns = {name: [lesions[name].iloc[3]] for name in ("age_approx", "sex")}
     expected = risk(bundle.contexts["none"].predict(logits, columns), bundle.task)
     assert risks["none"][3] == pytest.approx(expected[0], abs=1e-6)
+
+
+def test_pictures_that_labels_added_are_read_from_their_own_file(bundle, version, tmp_path, calls):
+    expected = scored(bundle, version, tmp_path / "one")
+    first, size = str(version.images_path), Path(version.images_path).stat().st_size
+    shutil.copy(first, tmp_path / "added.hdf5")
+    lesions = version.lesions.copy()
+    lesions.loc[version.gate_positions[::2], "offset"] += size
+    joined = replace(version, lesions=lesions, images_path=JoinedFiles(first, size, str(tmp_path / "added.hdf5")))
+    found = scored(bundle, joined, tmp_path / "two")
+    assert all((found[name] == expected[name]).all() for name in expected)
 
 
 def test_a_second_run_reads_what_was_kept_and_no_id_is_in_it(bundle, version, tmp_path, calls):
