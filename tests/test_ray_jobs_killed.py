@@ -236,7 +236,7 @@ def test_erase_patient_reaches_every_copy(home, check):
         left = [path.name for path in home.glob("store.db*") if b"pictured" in path.read_bytes()]
         copies = {name: hash_ for name, hash_ in files(home).items() if not name.startswith("store.db")}
         held = [name for name in copies if theirs in (home / name).read_bytes()]
-        # An entry counts what its own run removed, and a killed one has removed some. Where the new version was in place
+        # An entry counts what its own run removed, and a killed one has removed some. Where the new version was there
         # and not yet noted, the next run finds it, looks through it, and says so once more.
         return left, held, copies, without_audit(rows(store_of(home))), audit_of(store_of(home))
 
