@@ -276,7 +276,7 @@ def test_killed_at_any_stage_and_run_again_it_comes_to_the_same(world, stage, mo
         connection.execute(dataset_predictions.delete())
     place = {
         "rename": (dataset_version.os, "rename"),
-        "LATEST": (dataset_version, "_replace_text"),
+        "LATEST": (dataset_version, "replace_synced"),
         "finish": (label_additions, "finish_dataset_version"),
         "sync_files": (dataset_version, "sync_files"),
     }.get(stage, (label_additions, stage))

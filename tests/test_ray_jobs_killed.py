@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import stat
 from contextlib import closing
 from pathlib import Path
@@ -237,10 +236,9 @@ def test_erase_patient_reaches_every_copy(home, check):
         left = [path.name for path in home.glob("store.db*") if b"pictured" in path.read_bytes()]
         copies = {name: hash_ for name, hash_ in files(home).items() if not name.startswith("store.db")}
         held = [name for name in copies if theirs in (home / name).read_bytes()]
-        stored = rows(store_of(home))
-        # An entry counts the files that its own run removed, and a killed one has removed some.
-        stored["audit"] = [re.sub(r"'image_files': \d+", "", entry) for entry in stored["audit"]]
-        return left, held, copies, stored
+        # An entry counts what its own run removed, and a killed one has removed some. Where the new version was there
+        # and not yet noted, the next run finds it, looks through it, and says so once more.
+        return left, held, copies, without_audit(rows(store_of(home))), audit_of(store_of(home))
 
     assert check("erase_patient", config, state) >= 30
     assert state()[:2] == ([], []) and not any(name.startswith("pictures/") for name in files(home))
