@@ -78,8 +78,9 @@ def gate_risks(
     if "image" in bundle.manifest.modalities:
         start_ray()
         say(f"scoring the {rows} lesions of the gate split with {bundle.manifest.name} {bundle.digest[:12]}")
+        assert version.images_path is not None
         scored = image_scores(
-            bundle, str(version.images_path), version.rows(version.gate_positions), num_scorers, parts, say
+            bundle, version.images_path, version.rows(version.gate_positions), num_scorers, parts, say
         )
         if scored.errors:
             row, reason = next(iter(sorted(scored.errors.items())))

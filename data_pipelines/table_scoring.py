@@ -14,6 +14,7 @@ import pandas as pd
 from data_pipelines.batch_scoring import ScoredImages, ScoringOptions, stream_scores
 from data_pipelines.hdf5_datasource import ImageRows
 from data_pipelines.image_check import kept_index
+from data_pipelines.image_reader import JoinedFiles
 from data_pipelines.metadata_table import QuarantinedRow, read_metadata
 from data_pipelines.progress import Progress
 from data_pipelines.score_parts import ScoreParts
@@ -168,7 +169,12 @@ def _with_image_scores(
 
 
 def image_scores(
-    bundle: Bundle, images: str, rows: ImageRows, num_scorers: int, parts: Path, say: Callable[[str], None]
+    bundle: Bundle,
+    images: str | JoinedFiles,
+    rows: ImageRows,
+    num_scorers: int,
+    parts: Path,
+    say: Callable[[str], None],
 ) -> ScoreParts:
     """The image scores of all rows, of which only those are made here that no earlier attempt has kept."""
     rule = bundle.abstention()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_pipelines import score_parts, table_scoring
 from data_pipelines.gate_scoring import find_version, gate_risks, trained_on, why_not_scored
+from data_pipelines.image_reader import JoinedFiles
 from modeling.metrics import risk, roc_auc
 from tests.gate_lesions import bundle_of, make_lesions, stream_in_process
 from tests.tiny_bundle import tiny_task
@@ -131,3 +136,14 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(bundle, version, tmp_pa
     name = version.lesions["id"].iloc[version.gate_positions[0]]
     with pytest.raises(ValueError, match=f"gate image {name}: truncated"):
         scored(bundle, version, tmp_path)
+
+
+def test_pictures_that_were_added_to_a_version_are_scored_too(bundle, version, tmp_path, calls):
+    """Half of the gate split's byte ranges lie in a file of the version's own, as after prepare_dataset --add-labels."""
+    alone = scored(bundle, version, tmp_path / "alone")
+    images, size = version.images_path, Path(version.images_path).stat().st_size
+    lesions = version.lesions.copy()
+    lesions.loc[version.gate_positions[::2], "offset"] += size
+    joined = replace(version, images_path=JoinedFiles(images, size, shutil.copy(images, tmp_path)), lesions=lesions)
+    both = scored(bundle, joined, tmp_path / "joined")
+    assert len(calls) == 2 and all((both[name] == alone[name]).all() for name in alone)
