@@ -139,7 +139,7 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(bundle, version, tmp_pa
 
 
 def test_pictures_that_were_added_to_a_version_are_scored_too(bundle, version, tmp_path, calls):
-    """Half of the gate split's byte ranges lie in a file of the version's own, as after prepare_dataset --add-labels."""
+    """Half of the byte ranges lie in a file of the version's own, as after prepare_dataset --add-labels."""
     alone = scored(bundle, version, tmp_path / "alone")
     images, size = version.images_path, Path(version.images_path).stat().st_size
     lesions = version.lesions.copy()
