@@ -22,7 +22,7 @@ import pandas as pd
 from data_pipelines.dataset_version import FORMAT_VERSION, file_sha256
 from data_pipelines.hdf5_index import build_index, open_hdf5
 from data_pipelines.metadata_table import QuarantinedRow
-from data_pipelines.split_report import class_counts, split_report
+from data_pipelines.split_report import added_summary, class_counts, split_report
 from modeling.schema import TaskSpec
 from store.synced_files import replace_synced, sync_folder
 
@@ -203,6 +203,8 @@ def _write(old: Path, new: Path, table: pd.DataFrame, facts: dict[str, Any], tas
     table.to_parquet(staging / _TABLE, index=False)
     quarantine.iloc[:0].to_csv(staging / _QUARANTINE, index=False)
     report = split_report(table, rows, task, facts["fold_names"])
+    if "added" in table:
+        facts["added"] = report["added"] = added_summary(table, task)
     (staging / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     (staging / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for path in staging.iterdir():

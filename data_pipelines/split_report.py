@@ -43,6 +43,24 @@ def split_report(
     }
 
 
+def added_summary(table: pd.DataFrame, task: TaskSpec) -> dict[str, Any]:
+    """What a version's own table tells of its added rows (column `added`): how many, of which classes, and the shares
+    of the classes beside the base's."""
+    own = table["added"].to_numpy(bool)
+    counts, of_base = class_counts(table["label"][own], task), class_counts(table["label"][~own], task)
+    return {
+        "rows": int(own.sum()),
+        "class_counts": counts,
+        "class_shares": _shares(counts),
+        "base_class_shares": _shares(of_base),
+    }
+
+
+def _shares(counts: dict[str, int]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {name: round(count / total, 6) if total else 0.0 for name, count in counts.items()}
+
+
 def _counts(rows: pd.DataFrame, column: str | None) -> dict[str, int] | None:
     if column is None:
         return None

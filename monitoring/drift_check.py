@@ -25,7 +25,7 @@ from monitoring.drift_report import STATISTICS_VERSION, DriftSettings, WindowDri
 from monitoring.evidently_report import WorkspaceEntry
 from store.alarm_topics import COOL_DOWN_H
 from store.database import Store
-from store.prediction_windows import WindowContent, count_received_after, was_seen, window_content
+from store.prediction_windows import WindowContent, count_received_after, was_seen, whole_since, window_content
 from store.tables import now_us
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def check_window(
     """Judges one window, writes its reports, then its row, then its alarms; what is there already is left alone.
 
     A window is judged again when its rows, the reference or the settings changed; when only labels came, its drift is
-    taken over and its quality measured. A window whose rows are all gone keeps its report: they were past retention.
+    taken over and its quality measured. A window past retention keeps its report: the rows that are left, labelled ones, are
+    none that a day consists of.
 
     Args:
         model_version: only its predictions count; None: all.
@@ -80,9 +81,9 @@ def check_window(
     reports = check.stored_reports()
     stored = next((row for row in reports if row["label_watermark"] == check.key["label_watermark"]), None)
     judged = next((row for row in reports if row["input_digest"] == digest and check.complete(row)), None)
-    if content.num_rows == 0 and judged is None and any(row["num_rows"] for row in reports):
+    if judged is None and any(row["num_rows"] for row in reports) and _past_retention(store, window, content):
         judged = stored = max(reports, key=lambda row: row["label_watermark"])
-        say(f"{window.name}: its predictions are no longer stored, the report of {judged['num_rows']} is kept")
+        say(f"{window.name}: its predictions are no longer all stored, the report of {judged['num_rows']} is kept")
     elif (
         stored is not None
         and stored["input_digest"] == digest
@@ -116,6 +117,11 @@ def check_window(
         "report": str(check.folder / REPORT),
         "html": str(check.folder / HTML) if verdict.status != "insufficient" else None,
     }
+
+
+def _past_retention(store: Store, window: Window, content: WindowContent) -> bool:
+    whole = whole_since(store)
+    return content.num_rows == 0 or (whole is not None and window.start_us < whole)
 
 
 class _Check:

@@ -17,6 +17,7 @@ from store.database import StoreUnavailableError, open_store
 from store.erasure import empty_write_ahead_log
 from store.exports import exports_before, remove_export
 from store.image_files import ImageFiles
+from store.prediction_windows import RETENTION
 from store.replaced_file import ReplacedFile
 from store.retention import Cutoffs, apply_retention, count_due
 from store.tables import now_us
@@ -67,7 +68,7 @@ def run(config: ApplyRetentionConfig) -> dict[str, Any]:
         # Before anything goes: a run that is killed has left its entry, and the next one counts what is left.
         days = {name: value for name, value in config.model_dump().items() if name.endswith("_days") and value}
         detail = {"due": due, **days, "keep_labelled": config.keep_labelled}
-        store.append_audit(config.actor, "apply_retention", "store", detail)
+        store.append_audit(config.actor, RETENTION, "store", detail)
         last = time.monotonic()
 
         def progress(name: str, number: int) -> None:

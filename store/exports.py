@@ -1,5 +1,8 @@
 """Which Parquet files of the log exist: each is recorded before anyone can see it, so that an erasure knows them all.
 
+Whoever changes a row holds its lock and keeps erasures out, no more: a file is moved meanwhile, on a bucket for
+seconds, and predictions are committed all the same.
+
 One row per path. Its state is `writing` from the first attempt until a file is published, `current` while there is one,
 `deleted` after. Who writes holds the row's token; the last one to begin wins, and the others fail when they publish.
 """
@@ -16,7 +19,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
 from store.database import Store
-from store.erased_patients import keep_erasures_out, keep_writers_out
+from store.erased_patients import keep_erasures_out
 from store.erasure_reach import CURRENT, DELETED, WRITING, pending_patients, with_pending
 from store.tables import exports, now_us
 
@@ -146,7 +149,7 @@ def find_export(store: Store, row_id: str) -> dict[str, Any] | None:
 def take_over_export(store: Store, row_id: str) -> tuple[ExportClaim, frozenset[str]]:
     """Claims an export for an erasure, whoever writes it now: the claim, and the patients to be removed."""
     with store.writing() as connection:
-        keep_writers_out(connection)
+        keep_erasures_out(connection)
         row = _locked(connection, row_id)
         claim = ExportClaim(row_id, row["path"], uuid.uuid4().hex)
         _update(connection, row_id, {"detail": {**row["detail"], "token": claim.token}})
@@ -173,7 +176,7 @@ def finish_erasure(
         LostExportError: another run has begun to write it; it is still pending.
     """
     with store.writing() as connection:
-        keep_writers_out(connection)
+        keep_erasures_out(connection)
         row = _claimed(connection, claim)
         rest = frozenset(pending_patients(row["detail"])) - patients
         detail = {name: value for name, value in row["detail"].items() if name != "token"}
@@ -203,7 +206,7 @@ def remove_export(store: Store, row_id: str, *remove: Callable[[], Any]) -> None
         remove: what takes the files away; called under the row's lock.
     """
     with store.writing() as connection:
-        keep_writers_out(connection)
+        keep_erasures_out(connection)
         _locked(connection, row_id)
         for step in remove:
             step()

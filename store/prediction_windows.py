@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 import sqlalchemy as sql
 
 from store.database import Store
-from store.tables import predictions
+from store.tables import audit, predictions
 
 PAGE_ROWS = 5_000
 # Prime, so that sums of times stay within 64 bits in any window and still tell moments apart.
 _MODULUS = 1_000_000_007
+
+
+RETENTION = "apply_retention"
+"""The audit trail's word for a removal of what is past its retention; `detail` has `predictions_days` and what was
+`due`."""
+_DAY_US = 86_400_000_000
 
 
 class WindowContent(NamedTuple):
@@ -71,6 +77,15 @@ def count_received_after(store: Store, moment_us: int) -> int:
     )
     with store.reading() as connection:
         return int(connection.execute(query).scalar() or 0)
+
+
+def whole_since(store: Store) -> int | None:
+    """The moment (microseconds UTC) before which retention has removed predictions: of a window that begins earlier
+    the log may hold the labelled rows alone. None: it has removed none."""
+    entries = sql.select(audit.c.at, audit.c.detail).where(audit.c.subject == "store", audit.c.action == RETENTION)
+    with store.reading() as connection:
+        removals = [(at, detail) for at, detail in connection.execute(entries) if detail["due"].get("predictions")]
+    return max((at - round(detail["predictions_days"] * _DAY_US) for at, detail in removals), default=None)
 
 
 def was_seen(store: Store, column: str, value: str, start_us: int, end_us: int) -> bool:

@@ -115,10 +115,12 @@ def finish_stage(
         RetrainTakenOverError: the request is another driver's; the result is not kept.
     """
     with store.writing() as connection:
-        query = sql.select(_table.detail).where(_table.id == claim.id).with_for_update()
-        detail = connection.execute(query).scalar_one()
+        # Written before it is read: with the row locked by a SELECT, the write after it would wait for a driver that
+        # holds the table (`_alone`) and waits for the row.
+        _update(connection, claim, stage=stage)
+        detail = connection.execute(sql.select(_table.detail).where(_table.id == claim.id)).scalar_one()
         finished = {**detail.get("stages", {}), stage: result}
-        values: dict[str, Any] = {"detail": {**detail, "stages": finished}, "stage": stage}
+        values: dict[str, Any] = {"detail": {**detail, "stages": finished}}
         if model_version is not None:
             values["model_version"] = model_version
         _update(connection, claim, **values)

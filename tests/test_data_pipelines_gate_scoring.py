@@ -161,3 +161,14 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line(bundle, version, tmp_pa
     name = version.lesions["id"].iloc[version.gate_positions[0]]
     with pytest.raises(ValueError, match=f"gate image {name}: truncated"):
         scored(bundle, version, tmp_path)
+
+
+def test_pictures_that_were_added_to_a_version_are_scored_too(bundle, version, tmp_path, calls):
+    """Half of the byte ranges lie in a file of the version's own, as after prepare_dataset --add-labels."""
+    alone = scored(bundle, version, tmp_path / "alone")
+    images, size = version.images_path, Path(version.images_path).stat().st_size
+    lesions = version.lesions.copy()
+    lesions.loc[version.gate_positions[::2], "offset"] += size
+    joined = replace(version, images_path=JoinedFiles(images, size, shutil.copy(images, tmp_path)), lesions=lesions)
+    both = scored(bundle, joined, tmp_path / "joined")
+    assert len(calls) == 2 and all((both[name] == alone[name]).all() for name in alone)

@@ -13,8 +13,11 @@ from pydantic import ValidationError
 from modeling.bundle import load_bundle, write_manifest
 from monitoring import evidently_report
 from monitoring.prediction_log import PredictionLog
+from ray_jobs import apply_retention
 from ray_jobs.check_drift import CheckDriftConfig, run, windows
 from ray_jobs.job import parse_config
+from store.database import open_store
+from store.labels import NewLabel, add_label
 from tests.drift_population import lesions, records, reference
 from tests.tiny_bundle import tiny_bundle
 
@@ -158,6 +161,25 @@ def test_late_predictions_and_lost_reports_are_made_up_for(checked, monkeypatch)
     rows, alarms = open_rows(home)
     assert len(rows) == 3 and len(alarms) == 1 and rows[0]["num_rows"] == again["windows"][0]["rows"]
     log.store.close()
+
+
+def test_a_day_of_which_retention_left_the_labelled_rows_keeps_its_report(checked):
+    """Experts label what is malignant or uncertain: alone, these rows look like another population."""
+    home, result = checked
+    url = f"sqlite:///{home}/store.db"
+    store = open_store(url)
+    rows = list(store.predictions_between(midnight(0), midnight(1)))
+    oldest = sorted((row for row in rows if row["model_version"] == "1"), key=lambda row: row["metadata"]["age_approx"])
+    for row in oldest[-len(rows) // 2 :]:
+        add_label(store, NewLabel(row["id"], "malignant", True, "Dr Weber"), "clinic")
+    before, _ = open_rows(home)
+    days = (datetime.now(UTC).date() - FIRST_DAY).days - 1
+    settings = {"predictions_days": days, "store_url": url, "images_url": str(home / "images")}
+    removed = apply_retention.run(apply_retention.ApplyRetentionConfig(**settings))
+    assert removed["removed"]["predictions"] > 0 and list(store.predictions_between(midnight(0), midnight(1)))
+    again = run(config(home, start=FIRST_DAY, end=FIRST_DAY))
+    assert again["windows"] == result["windows"][:1] and open_rows(home)[0] == before
+    store.close()
 
 
 def _fake_report(written, features, verdicts, html, json_path, max_rows, seed, entry):

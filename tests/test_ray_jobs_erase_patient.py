@@ -26,7 +26,7 @@ from ray_jobs.export_predictions import ExportPredictionsConfig
 from store.database import open_store
 from store.erasure import PatientErasure
 from store.erasure_reach import pending_copies
-from store.exports import export_id, find_export
+from store.exports import Written, export_id, find_export, finish_erasure, remove_export, take_over_export
 from store.image_files import ImageFiles
 from store.spool import Spool
 from store.tables import candidates, dataset_predictions, dataset_versions
@@ -370,3 +370,22 @@ def test_mistakes_are_one_line(place):
     (place.folder / "key").write_bytes(b"")
     with pytest.raises(ValueError, match="patient_key_file .* is empty"):
         place.job()
+
+
+def test_predictions_are_committed_while_files_of_exports_move(tmp_path, postgres_url):
+    """On a bucket a move is a copy, which takes seconds. On SQLite there is one writer at a time whatever we do."""
+    place = Place(tmp_path, postgres_url)
+    row_id, moved = export_id(str(place.export)), []
+    other = open_store(postgres_url)
+
+    def move(name):
+        row = prediction_row(name, received_at=START_US + 6, patient_hmac=OTHERS)
+        moved.append(other.insert_predictions([row]).num_new)
+
+    place.erase()
+    claim, patients = take_over_export(place.store, row_id)
+    finish_erasure(place.store, claim, patients, "admin", 1, Written(1, "0" * 64), lambda: move("while-replaced"))
+    remove_export(place.store, row_id, lambda: move("while-removed"))
+    assert moved == [1, 1] and find_export(place.store, row_id)["state"] == "deleted"
+    other.close()
+    place.store.close()

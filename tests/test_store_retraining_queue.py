@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
@@ -23,7 +24,7 @@ from store.retraining_queue import (
     renew_lease,
     retrainings_failed_since,
 )
-from store.tables import dataset_predictions, now_us
+from store.tables import dataset_predictions, now_us, retrain_requests
 from tests.log_rows import prediction_row
 
 LEASE = 60_000_000
@@ -221,3 +222,32 @@ def test_when_the_last_trainings_ended(store):
     assert candidate_since(store, "4") is None
     record_candidate(store, "4", "a" * 64, {})
     assert done <= candidate_since(store, "4") <= later(0)
+
+
+@pytest.mark.parametrize("ends", [finish_retraining, lambda store, claim: finish_stage(store, claim, "train", {})])
+def test_a_driver_that_is_late_and_the_one_that_takes_over_do_not_wait_for_each_other(postgres_url, ends):
+    """Between the lock on the table and the write to the row of who takes over, the late one comes."""
+    store = open_store(postgres_url)
+    ask(store)
+    late = claim_retraining(store, LEASE, 3)
+    with ThreadPoolExecutor(1) as pool:
+        with store.writing() as connection:
+            connection.execute(sql.text("LOCK TABLE retrain_requests IN SHARE ROW EXCLUSIVE MODE"))
+            ended = pool.submit(ends, store, late)
+            _wait_for_a_blocked_session(store)
+            taken = sql.update(retrain_requests).where(retrain_requests.c.id == late.id).values(attempt=2)
+            connection.execute(taken)
+        with pytest.raises(RetrainTakenOverError):
+            ended.result(30)
+    assert find_retraining(store, late.id)["attempt"] == 2
+    store.close()
+
+
+def _wait_for_a_blocked_session(store):
+    blocked = sql.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    for _ in range(600):
+        with store.reading() as connection:
+            if connection.execute(blocked).scalar():
+                return
+        threading.Event().wait(0.05)
+    raise AssertionError("nobody waits for the table")
