@@ -3,8 +3,8 @@ goes on: each stage's result is in the store before the next begins."""
 
 from __future__ import annotations
 
-import _thread
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +25,14 @@ from store.retraining_queue import (
 Stage = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Results of the stages before -> this stage's result. A `model_version` in it is the request's candidate. May be
 called again after it was cut off anywhere."""
+
+
+def interrupt_main_thread() -> None:
+    """As Ctrl-C does. `_thread.interrupt_main` only sets a flag, which a thread that waits for a lock sees when its wait
+    is over."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 class StageFailedError(RuntimeError):
@@ -55,7 +63,7 @@ class LeaseKeeper:
         claim: RetrainClaim,
         lease_s: float,
         say: Callable[[str], None],
-        interrupt: Callable[[], None] = _thread.interrupt_main,
+        interrupt: Callable[[], None] = interrupt_main_thread,
     ):
         self._store, self._claim, self._lease_s = store, claim, lease_s
         self._say, self._interrupt = say, interrupt
@@ -103,7 +111,7 @@ def work(
     stages: Mapping[str, Stage],
     lease_s: float,
     say: Callable[[str], None],
-    interrupt: Callable[[], None] = _thread.interrupt_main,
+    interrupt: Callable[[], None] = interrupt_main_thread,
 ) -> RetrainClaim:
     """Runs the stages that no earlier driver has finished, in order, and ends the request.
 

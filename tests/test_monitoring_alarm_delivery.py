@@ -198,6 +198,8 @@ import sys
 from monitoring.alarm_channels import AlarmChannel, AlarmDeliverySettings
 from monitoring.alarm_delivery import AlarmDelivery
 from store.database import open_store
+
+pytestmark = pytest.mark.slow
 channel = AlarmChannel(name="ops", url=sys.argv[2], secret_env="SECRET")
 AlarmDelivery(open_store(sys.argv[1]), AlarmDeliverySettings(channels=[channel], timeout_s=60)).deliver()
 """

@@ -11,6 +11,8 @@ from monitoring.drift_columns import Columns, reference_columns
 from monitoring.drift_report import DriftSettings, WindowDrift, judge_window
 from tests.drift_population import columns, lesions, reference
 
+pytestmark = pytest.mark.slow
+
 TASK = TaskSpec(
     name="tiny",
     fold_group="patient_id",

@@ -18,6 +18,8 @@ from ray_jobs.job import REPO_ROOT, read_yaml
 from store.candidates import find_candidate
 from store.database import open_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -18,6 +18,8 @@ from store.database import look_at_store, open_store
 from store.tables import audit
 from tests.old_stores import make_version_1, plain_engine
 
+pytestmark = pytest.mark.slow
+
 NUM_ENTRIES = 7
 KEY = "a key of the auditor's"
 

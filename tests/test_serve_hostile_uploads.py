@@ -30,6 +30,8 @@ from tests.hostile_uploads import (
 )
 from tests.local_service import LocalService
 
+pytestmark = pytest.mark.slow
+
 LIMITS = UploadLimits(max_image_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_PIXELS)
 FILES = {case.name: case for case in files()}
 FORMS = {case.name: case for case in forms()}

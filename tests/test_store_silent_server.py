@@ -36,6 +36,8 @@ from tests.bundle_factory import (
     storage,
 )
 
+pytestmark = pytest.mark.slow
+
 # The least that libpq takes.
 CONNECT_S = 2
 
