@@ -28,7 +28,7 @@ called again after it was cut off anywhere."""
 
 
 def interrupt_main_thread() -> None:
-    """As Ctrl-C does. `_thread.interrupt_main` only sets a flag; a thread that waits for a lock sees it after its wait."""
+    """As Ctrl-C does. `_thread.interrupt_main` only sets a flag, which a waiting thread sees after its wait."""
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)
