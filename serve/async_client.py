@@ -207,6 +207,16 @@ class AsyncDermrayClient:
         """See `DermrayClient.retrain_request`."""
         return await self._send(calls.retrain_request(retrain_id))
 
+    async def retrain_requests(self, *, limit: int = 20) -> AsyncIterator[Retraining]:
+        """See `DermrayClient.retrain_requests`."""
+        cursor = None
+        while True:
+            page = await self._send(calls.retraining_page(limit, cursor))
+            for item in page.items:
+                yield item
+            if (cursor := page.next_cursor) is None:
+                return
+
     async def candidates(self) -> list[Candidate]:
         """See `DermrayClient.candidates`."""
         return await self._send(calls.candidates())

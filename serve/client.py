@@ -242,6 +242,15 @@ class DermrayClient:
         """What has become of a request to train."""
         return self._send(calls.retrain_request(retrain_id))
 
+    def retrain_requests(self, *, limit: int = 20) -> Iterator[Retraining]:
+        """Requests to train, newest first; read page by page, `limit` requests each."""
+        cursor = None
+        while True:
+            page = self._send(calls.retraining_page(limit, cursor))
+            yield from page.items
+            if (cursor := page.next_cursor) is None:
+                return
+
     def candidates(self) -> list[Candidate]:
         """The newest candidates, newest first, with their metrics on the gate split and who approved them."""
         return self._send(calls.candidates())

@@ -26,7 +26,7 @@ from serve.record_api import (
     PredictionPage,
 )
 from serve.submission_api import Submission, SubmissionAccepted
-from serve.training_api import Approval, Candidate, RetrainAccepted, Retraining, Trigger
+from serve.training_api import Approval, Candidate, RetrainAccepted, Retraining, RetrainingPage, Trigger
 from serve.triage_api import Triage
 
 Metadata = Mapping[str, float | str | None]
@@ -245,6 +245,11 @@ def retrain(reason: str, trigger: Trigger) -> Call[RetrainAccepted]:
 
 def retrain_request(retrain_id: str) -> Call[Retraining]:
     return Call("GET", f"/v1/retrain/{_segment(retrain_id)}", _into(Retraining))
+
+
+def retraining_page(limit: int, cursor: str | None) -> Call[RetrainingPage]:
+    params = _given({"limit": limit, "cursor": cursor})
+    return Call("GET", "/v1/retrain", _into(RetrainingPage), {"params": params})
 
 
 def candidates() -> Call[list[Candidate]]:
