@@ -57,12 +57,14 @@ class RewrittenVersion:
         digest: of the new version; None where no row is left.
         num_rows: of the new version.
         removed_rows: rows of the old one that are not in it.
+        from_operator: whether some of them are of the operator's files, and not all were added out of the log.
     """
 
     folder: Path | None
     digest: str | None
     num_rows: int
     removed_rows: int
+    from_operator: bool
 
 
 def version_facts(folder: Path) -> dict[str, Any]:
@@ -129,16 +131,18 @@ def rewrite_version(folder: Path, erased: ErasedPatients) -> RewrittenVersion | 
     own = [path for pattern in _OWN_IMAGES for path in sorted(folder.glob(pattern))]
     if not theirs.any() and not any(_holds(path, erased.gone) for path in own):
         return None
+    removed = table[theirs]
+    from_operator = bool(len(removed)) and not ("added" in removed and removed["added"].all())
     table = table[~theirs].reset_index(drop=True)
     if not len(table):
-        return RewrittenVersion(None, None, 0, int(theirs.sum()))
+        return RewrittenVersion(None, None, 0, len(removed), from_operator)
     digest = _digest(facts["digest"], table["id"])
     new = folder.parent / digest[:12]
     if not is_version(new):
         _write(folder, new, table, {**facts, "digest": digest, "erased_from": facts["digest"]}, task, own)
     elif version_facts(new)["digest"] != digest:
         raise ValueError(f"{new} holds digest {version_facts(new)['digest']}; expected {digest}; move it away")
-    return RewrittenVersion(new, digest, len(table), int(theirs.sum()))
+    return RewrittenVersion(new, digest, len(table), len(removed), from_operator)
 
 
 def remove_version(folder: Path) -> None:

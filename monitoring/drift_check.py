@@ -63,8 +63,8 @@ def check_window(
     """Judges one window, writes its reports, then its row, then its alarms; what is there already is left alone.
 
     A window is judged again when its rows, the reference or the settings changed; when only labels came, its drift is
-    taken over and its quality measured. A window past retention keeps its report: the rows that are left, labelled
-    ones, are none that a day consists of.
+    taken over and its quality measured. A window past retention keeps its report: the labelled rows that are left are
+    not what a day consists of.
 
     Args:
         model_version: only its predictions count; None: all.

@@ -214,7 +214,7 @@ class CopyErasure:
             clear_dataset(self._store, pending)
             self.datasets.append({"path": pending.path, "removed_rows": 0})
             return
-        images = operator_images(folder)
+        images = operator_images(folder) if result.from_operator else None
         if images is not None and images not in self.operator_files:
             self.operator_files.append(images)
         if result.folder is not None:

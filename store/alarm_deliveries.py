@@ -126,12 +126,10 @@ def is_due(store: Store, subscription: Subscription, gap_us: int = 0, now: int |
 
 def next_attempt(store: Store, channel: str) -> int | None:
     """When the channel's message under way is due (microseconds UTC); None where there is none."""
-    query = sql.select(sql.func.max(_deliveries.next_attempt_at), sql.func.max(_deliveries.leased_until))
     with store.reading() as connection:
-        due, leased = connection.execute(
-            query.where(_deliveries.channel == channel, _deliveries.state == PENDING)
-        ).one()
-    return None if due is None else max(due, leased or 0)
+        # By its alarms, as `claim_delivery` reads it: a retention may have removed some meanwhile.
+        rows = _under_way(connection, channel, 1)
+    return max(rows[0]["next_attempt_at"], rows[0]["leased_until"] or 0) if rows else None
 
 
 def mark_sent(store: Store, delivery: Delivery, now: int | None = None) -> bool:
@@ -155,6 +153,7 @@ def count_deliveries(store: Store) -> dict[tuple[str, str], int]:
     """Alarms by (channel, state), of `PENDING` and `FAILED`."""
     query = (
         sql.select(_deliveries.channel, _deliveries.state, sql.func.count())
+        .join(alarms, alarms.c.id == _deliveries.alarm_id)
         .where(_deliveries.state.in_((PENDING, FAILED)))
         .group_by(_deliveries.channel, _deliveries.state)
     )

@@ -171,26 +171,32 @@ class PatientErasure:
         return hashes, open_entries[-1][0] if open_entries else None
 
 
-def delete_predictions(connection: Connection, theirs: sql.ColumnElement[bool]) -> tuple[dict[str, int], set[str]]:
-    """Removes predictions with what hangs on them: how many of each, and the hashes of their images."""
+def delete_predictions(
+    connection: Connection, theirs: sql.ColumnElement[bool], why: str = "the patient's records were erased"
+) -> tuple[dict[str, int], set[str]]:
+    """Removes predictions with what hangs on them: how many of each, and the hashes of their images.
+
+    Args:
+        why: what missed-cancer alarms say in place of the predictions.
+    """
     ids = sql.select(predictions.c.id).where(theirs)
     query = sql.select(predictions.c.image_hash).where(theirs, predictions.c.image_hash.is_not(None))
     hashes = set(connection.execute(query.distinct()).scalars())
     counts = {
-        "alarms": _blank_alarms(connection, ids),
+        "alarms": _blank_alarms(connection, ids, why),
         "labels": connection.execute(sql.delete(labels).where(labels.c.prediction_id.in_(ids))).rowcount,
         "predictions": connection.execute(sql.delete(predictions).where(theirs)).rowcount,
     }
     return counts, hashes
 
 
-def _blank_alarms(connection: Connection, prediction_ids: sql.Select) -> int:
+def _blank_alarms(connection: Connection, prediction_ids: sql.Select, why: str) -> int:
     """Takes what missed-cancer alarms say of the predictions out of them; kind, time and who saw them stay."""
     keys = prediction_ids.with_only_columns(sql.literal(f"{MISSED_CANCER}:") + predictions.c.id)
     changes = {
         "dedupe_key": sql.literal(f"{MISSED_CANCER}:erased:") + sql.cast(alarms.c.id, sql.String),
         "topic": None,
-        "message": "missed cancer: the patient's records were erased",
+        "message": f"missed cancer: {why}",
         "detail": {"erased": True},
     }
     return connection.execute(sql.update(alarms).where(alarms.c.dedupe_key.in_(keys)).values(changes)).rowcount

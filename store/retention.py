@@ -17,6 +17,7 @@ from store.erased_patients import keep_writers_out
 from store.erasure import delete_predictions
 from store.erasure_reach import DELETED
 from store.image_files import ImageFiles
+from store.labels import MISSED_CANCER
 from store.shadow_records import SHADOW_SUFFIX
 from store.submissions import DONE, FAILED, images_in_submissions
 from store.tables import (
@@ -50,7 +51,8 @@ class Cutoffs:
         images: pictures that no younger record uses; the records stay.
         alarms: acknowledged ones, by `raised_at`, with what was delivered of them.
         submissions: finished ones, by `finished_at`.
-        keep_labelled: labelled predictions stay, with their shadows and pictures.
+        keep_labelled: labelled predictions stay, with their shadows and pictures; False: only those of a missed-cancer
+            alarm that nobody has acknowledged.
     """
 
     predictions: int | None = None
@@ -129,7 +131,8 @@ def _row_conditions(cutoffs: Cutoffs) -> dict[str, tuple[sql.Table, sql.ColumnEl
 
 
 def _unkept(cutoffs: Cutoffs) -> sql.ColumnElement[bool]:
-    return sql.and_(~_in_living_dataset(), *([~_labelled()] if cutoffs.keep_labelled else []))
+    # An alarm that nobody has seen stays, and must still say of which lesion it speaks; labels raise it.
+    return sql.and_(~_in_living_dataset(), ~(_labelled() if cutoffs.keep_labelled else _missed_unseen()))
 
 
 def _champion_id() -> sql.ColumnElement[str]:
@@ -139,6 +142,12 @@ def _champion_id() -> sql.ColumnElement[str]:
 def _labelled() -> sql.ColumnElement[bool]:
     """Also of a shadow whose champion is labelled: what it says of the lesion can be judged."""
     return sql.exists().where(labels.c.prediction_id == _champion_id())
+
+
+def _missed_unseen() -> sql.ColumnElement[bool]:
+    """A prediction whose missed-cancer alarm nobody has acknowledged."""
+    key = sql.literal(f"{MISSED_CANCER}:") + _champion_id()
+    return sql.exists().where(alarms.c.dedupe_key == key, alarms.c.acknowledged_at.is_(None))
 
 
 def _in_living_dataset() -> sql.ColumnElement[bool]:
@@ -173,7 +182,9 @@ def _remove_predictions(store: Store, role: str, cutoffs: Cutoffs) -> Iterator[d
             keep_writers_out(connection)
             # By id alone: with the time, SQLite would walk the index on it through all that is old.
             theirs = sql.and_(table.id.in_([row_id for _, row_id in batch]), unkept)
-            counts, _ = delete_predictions(connection, theirs)
+            counts, _ = delete_predictions(connection, theirs, "the record is past its retention")
+            # Blanked, not removed, as `alarms` says of others.
+            counts["alarms_blanked"] = counts.pop("alarms")
         yield counts
         after = tuple(batch[-1])
 

@@ -55,6 +55,7 @@ def test_the_rewritten_version_reads_every_picture_that_is_left(world):
     result = job(world, patient_id="Jane", actor="dpo")
     after = open_dataset(world.out)
     assert result["datasets"][0]["new_version"] == str(after.path) and not before.path.exists()
+    assert result["operator_files"] == [], "the base has no picture of hers"
     assert set(after.lesions["id"]) == set(before.lesions["id"]) - {"a"}
     assert encoded(after) == {name: data for name, data in wanted.items() if name != "a"}
     assert encoded(after)["d"] == kept["d"].data

@@ -14,6 +14,7 @@ from ray_jobs.apply_retention import ApplyRetentionConfig, run
 from ray_jobs.export_predictions import ExportPredictionsConfig
 from ray_jobs.export_predictions import run as export
 from store import retention
+from store.alarm_records import acknowledge_alarm
 from store.database import open_store
 from store.exports import export_id, find_export
 from store.image_files import ImageFiles
@@ -136,7 +137,7 @@ def test_nothing_goes_unless_it_is_configured(place):
 def test_old_predictions_go_with_their_pictures_and_the_rest_stays(place):
     result = place.run(predictions_days=30)
     assert result["due"] == {"predictions": 3, "images": 0}
-    assert result["removed"] == {"alarms": 0, "labels": 0, "predictions": 3, "images": 1, "image_files": 1}
+    assert result["removed"] == {"alarms_blanked": 0, "labels": 0, "predictions": 3, "images": 1, "image_files": 1}
     assert place.ids() == {"labelled", "labelled.shadow", "held", "recent", "recent-shared"}
     assert place.ids(images, "hash") == place.pictures() == {hash_of(name) for name in NAMES if name != "old"}
     assert place.ids(dataset_predictions, "prediction_id") == {"held"}
@@ -151,6 +152,20 @@ def test_labelled_ones_go_where_they_are_not_to_be_kept(place):
     removed = place.run(predictions_days=30, keep_labelled=False)["removed"]
     assert removed["predictions"] == 5 and removed["labels"] == 1
     assert place.ids() == {"held", "recent", "recent-shared"} and place.ids(labels) == set()
+
+
+def test_a_missed_cancer_that_nobody_has_seen_keeps_its_record(place):
+    alarm = add_label(place.store, NewLabel("old", "malignant", True, "Dr Roth"), "clinic").alarm
+    dry = place.run(predictions_days=30, keep_labelled=False, dry_run=True)
+    removed = place.run(predictions_days=30, keep_labelled=False)["removed"]
+    assert dry["due"]["predictions"] == removed["predictions"] == 3 and removed["alarms_blanked"] == 0
+    assert place.ids() == {"old", "old.shadow", "held", "recent", "recent-shared"}
+    assert alarm["message"] in {row["message"] for row in place.store.alarms(unacknowledged_only=True)}
+    acknowledge_alarm(place.store, alarm["id"], "Dr Roth", None)
+    assert place.run(predictions_days=30, keep_labelled=False)["removed"]["alarms_blanked"] == 1
+    assert "old" not in place.ids()
+    (row,) = [row for row in place.store.alarms() if row["id"] == alarm["id"]]
+    assert "old" not in str(row["detail"]) and "retention" in row["message"] and "erased:" in row["dedupe_key"]
 
 
 def test_a_prediction_goes_once_its_data_set_is_deleted_and_the_lineage_stays(place):

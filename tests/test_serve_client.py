@@ -471,8 +471,9 @@ def test_alarms_figures_and_the_way_to_a_new_model(client, served):
         client.approve("8", "again")
     asked = client.retrain("new camera", "drift")
     assert client.retrain_request(asked.retrain_id).reason == "new camera"
-    asked = [client.retrain("again").retrain_id, asked.retrain_id]
-    assert [item.retrain_id for item in client.retrain_requests(limit=1)] == asked
+    other = client.retrain("monthly", "schedule")
+    listed = [request.retrain_id for request in client.retrain_requests(limit=1)]
+    assert listed == [other.retrain_id, asked.retrain_id]
     assert client.model().classes == ["benign", "malignant"] and client.ready().status == "ok"
 
 
@@ -488,6 +489,9 @@ def test_the_async_client_on_the_real_routes(served):
             assert (await client.wait_for_submission(accepted.submission_id)).state == "done"
             with pytest.raises(RefusedError, match="415"):
                 await client.predict(b"no picture")
+            asked = [await client.retrain(name, name) for name in ("drift", "schedule")]
+            listed = [request.retrain_id async for request in client.retrain_requests(limit=1)]
+            assert listed == [request.retrain_id for request in asked][::-1]
 
     asyncio.run(story())
 

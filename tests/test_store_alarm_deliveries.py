@@ -24,6 +24,7 @@ from store.alarm_deliveries import (
 )
 from store.alarm_records import alarms_page
 from store.database import open_store
+from store.tables import alarms
 
 SECOND = 1_000_000
 NOW = 1_700_000_000 * SECOND
@@ -203,3 +204,17 @@ def test_looking_for_work_takes_no_write_lock(store, monkeypatch):
 
     monkeypatch.setattr(store, "writing", refuse)
     assert claim(store) is None
+
+
+def test_a_delivery_whose_alarm_a_retention_removed_is_waited_for_by_nobody(store):
+    """The retention's transaction does not see a delivery that a sender takes up at the same moment."""
+    raise_alarms(store, "a", "b")
+    claim(store)
+    with store.writing() as connection:
+        connection.execute(sql.delete(alarms).where(alarms.c.dedupe_key == "a"))
+    assert count_deliveries(store) == {("ops", PENDING): 1}
+    assert next_attempt(store, "ops") == NOW + LEASE
+    with store.writing() as connection:
+        connection.execute(sql.delete(alarms))
+    assert count_deliveries(store) == {} and next_attempt(store, "ops") is None
+    assert claim(store, NOW + 2 * LEASE) is None
