@@ -489,9 +489,6 @@ def test_the_async_client_on_the_real_routes(served):
             assert (await client.wait_for_submission(accepted.submission_id)).state == "done"
             with pytest.raises(RefusedError, match="415"):
                 await client.predict(b"no picture")
-            asked = [await client.retrain(name, name) for name in ("drift", "schedule")]
-            listed = [request.retrain_id async for request in client.retrain_requests(limit=1)]
-            assert listed == [request.retrain_id for request in asked][::-1]
 
     asyncio.run(story())
 
