@@ -193,7 +193,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options; SystemExit for a wrong one, as argparse does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
@@ -241,7 +242,7 @@ def _label(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> int:
     """The exit status; `show` gets the result, one line of JSON."""
-    options = _arguments(arguments)
+    options = parse_arguments(arguments)
     try:
         result, complete = _send(options) if options.verb == "send" else _label(options)
     except (DermrayError, ValueError, KeyError, OSError) as error:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 from pathlib import Path
 
 from pydantic import BaseModel
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    page
+    for page in (REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").rglob("*.md")))
+    if page.exists()
+]
 
 
+@functools.cache
 def job_models() -> dict[str, str]:
     """Verb -> name of its config class: the second argument of the `run_job` call that makes a module a job."""
     models = {}
