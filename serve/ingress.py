@@ -29,6 +29,7 @@ from serve.lesion_scoring import LesionScoring
 from serve.metrics import ModelInfo, replica_metrics
 from serve.model_slot import HoldsModel, ModelSlot
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
+from serve.page_routes import add_page_routes
 from serve.patient_routes import add_patient_routes
 from serve.prediction_routes import add_prediction_routes
 from serve.prediction_service import PredictionService
@@ -92,6 +93,7 @@ def build_api(backend: Backend) -> _Api:
     add_candidate_routes(api, backend.log, retry_after_s)
     _add_model_routes(api, service, keys)
     add_docs(api, with_keys=keys is not None)
+    add_page_routes(api)
     return api
 
 
