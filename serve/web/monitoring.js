@@ -232,7 +232,7 @@ class AlarmView {
     this.decision.input.value = drafts.get(alarm.id) ?? "";
     this.decision.input.addEventListener("input", () => drafts.set(alarm.id, this.decision.input.value));
     this.row = tableRow(body, [
-      [this.severity, " ", make("span", { textContent: alarm.kind })],
+      [this.severity, " ", make("span", { className: "whole", textContent: alarm.kind })],
       [when(alarm.raised_at), " ", make("span", { className: "quiet", textContent: `#${alarm.id}` })],
       alarm.model_version ?? "–",
       [this.message, make("details", {}, make("summary", { textContent: "Details" }), this.detail)],
@@ -289,8 +289,8 @@ class AlarmView {
     announce(`Alarm ${alarm.id} was acknowledged by ${alarm.acknowledged_by}${lost}.`);
     if (lost) this.seen.append(" (acknowledged before yours, whose comment was not kept)");
     // Its repeats are acknowledged with it, and the counts changed.
-    refreshSection(alarmSection);
-    refreshSection(summarySection);
+    refreshOne(alarmSection);
+    refreshOne(summarySection);
   }
 
   busy() {
@@ -334,7 +334,7 @@ function showAlarms([page, quiet]) {
 function turnPage(cursors) {
   alarmPage.cursors = cursors;
   alarmRows.clear();
-  return refreshSection(alarmSection);
+  return refreshOne(alarmSection);
 }
 
 // ---------------------------------------------------------------- predictions, labels, drift, shadow
@@ -455,7 +455,7 @@ function showRetrainings(page) {
 
 class CandidateView {
   constructor(body, candidate) {
-    this.state = make("span", {});
+    this.state = make("span", { className: "whole" });
     this.figures = make("div", {});
     this.gate = make("div", {});
     this.approvals = make("ul", { tabIndex: -1 });
@@ -467,7 +467,7 @@ class CandidateView {
       maxLength: 1000,
       send: (reason) => this.approve(reason),
     });
-    const digest = make("code", { title: candidate.digest, textContent: candidate.digest.slice(0, 12) });
+    const digest = make("code", { className: "whole", title: candidate.digest, textContent: candidate.digest.slice(0, 12) });
     this.row = tableRow(body, [
       [make("strong", { textContent: candidate.model_version }), " ", digest],
       when(candidate.created_at),
@@ -527,7 +527,7 @@ class CandidateView {
     this.update({ ...this.candidate, approvals: [...others, approval] });
     announce(`Model ${approval.model_version} was approved by ${approval.approver}.`);
     this.approvals.focus();
-    refreshSection(candidateSection);
+    refreshOne(candidateSection);
   }
 
   busy() {
@@ -609,9 +609,12 @@ async function refreshSection(part) {
     if (part.forbidden) part.content.hidden = true;
     setText(part.problem, part.failure ? `Not up to date: ${error.message}` : error.message);
     if (!(error instanceof Problem)) throw error;
-  } finally {
-    showOutage();
   }
+}
+
+async function refreshOne(part) {
+  await refreshSection(part);
+  showOutage();
 }
 
 function showOutage() {
@@ -645,6 +648,8 @@ async function refresh() {
     if (key === null && lastAnswer === null) await refreshSection(summarySection);
     await Promise.all(sections.map(refreshSection));
   } finally {
+    // Once all have answered or failed: one sentence, read out once.
+    showOutage();
     clearTimeout(timer);
     timer = setTimeout(refresh, REFRESH_MS);
   }
@@ -708,7 +713,7 @@ for (const filter of [$("filter-open"), $("filter-all"), $("filter-quieted")]) {
 }
 $("older-alarms").addEventListener("click", () => turnPage([...alarmPage.cursors, alarmPage.next]));
 $("newer-alarms").addEventListener("click", () => turnPage(alarmPage.cursors.slice(0, -1)));
-$("hours").addEventListener("change", () => refreshSection(summarySection));
+$("hours").addEventListener("change", () => refreshOne(summarySection));
 $("refresh").addEventListener("click", refreshAll);
 $("forget-key").hidden = key === null;
 setText($("zone"), Intl.DateTimeFormat().resolvedOptions().timeZone);
