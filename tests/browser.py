@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,17 @@ class Tab:
         self.send("Page.navigate", url=url)
         self.wait_for(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
 
-    def wait_for(self, expression: str, timeout_s: float = 30.0) -> Any:
-        """The expression's first truthy value. It may fail until then: between two pages there are no elements."""
+    def wait_for(self, expression: str, timeout_s: float = 30.0, before: Callable[[], None] | None = None) -> Any:
+        """The expression's first truthy value. It may fail until then: between two pages there are no elements.
+
+        Args:
+            before: done before each look.
+        """
         end = time.monotonic() + timeout_s
         while True:
             try:
+                if before is not None:
+                    before()
                 value, failure = self.evaluate(expression), ""
             except AssertionError as error:
                 value, failure = None, str(error)
@@ -108,7 +114,11 @@ class Tab:
     def type(self, text: str, selector: str | None = None) -> None:
         """Types into an element that is clicked first, or into what has the focus."""
         if selector is not None:
-            self.click(selector)
+            # A part of the page that arrives between look and click moves what is below it.
+            self.wait_for(
+                f"document.activeElement === document.querySelector({json.dumps(selector)})",
+                before=lambda: self.click(selector),
+            )
         self.send("Input.insertText", text=text)
 
     def press(self, key: str, code: int, text: str = "") -> None:

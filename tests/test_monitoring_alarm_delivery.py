@@ -26,6 +26,8 @@ from tests.log_rows import prediction_row
 from tests.test_house_imports import REPO_ROOT
 from tests.webhook_receiver import WAIT_S, webhook_receiver
 
+pytestmark = pytest.mark.slow
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 ENVIRONMENT = {"SECRET": SECRET}
 
@@ -198,8 +200,6 @@ import sys
 from monitoring.alarm_channels import AlarmChannel, AlarmDeliverySettings
 from monitoring.alarm_delivery import AlarmDelivery
 from store.database import open_store
-
-pytestmark = pytest.mark.slow
 channel = AlarmChannel(name="ops", url=sys.argv[2], secret_env="SECRET")
 AlarmDelivery(open_store(sys.argv[1]), AlarmDeliverySettings(channels=[channel], timeout_s=60)).deliver()
 """
