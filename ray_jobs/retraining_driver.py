@@ -71,6 +71,10 @@ class LeaseKeeper:
         self._thread = threading.Thread(target=self._keep, name="retrain-lease", daemon=True)
 
     def __enter__(self) -> LeaseKeeper:
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell starts what runs in the background so, and an ignored signal wakes nobody.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._thread.start()
         return self
 

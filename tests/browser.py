@@ -98,15 +98,18 @@ class Tab:
 
     def click(self, selector: str) -> None:
         """A click of the mouse in the middle of an element, which must be what is on top there."""
-        place = self.evaluate(
-            f"""(() => {{
+        where = f"""(() => {{
                 const found = document.querySelector({json.dumps(selector)});
                 found.scrollIntoView({{block: "center"}});
                 const box = found.getBoundingClientRect();
                 const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
                 return found.contains(document.elementFromPoint(x, y)) ? {{x, y}} : null;
             }})()"""
-        )
+        # Parts of the page that arrive move what is below them.
+        before, place = None, self.evaluate(where)
+        while place != before:
+            time.sleep(0.1)
+            before, place = place, self.evaluate(where)
         assert place is not None, f"{selector} is covered or out of sight"
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
