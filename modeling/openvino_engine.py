@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,8 +41,7 @@ class OpenVinoEngine:
 
     def __init__(self, onnx_path: str | Path, threads: int = 1, precision: str = "f32"):
         self.name = f"openvino-{precision}-{threads}"
-        openvino = _openvino(self.name)
-        core = openvino.Core()
+        core = _core(self.name)
         if precision == "bf16" and not computes_bfloat16():
             raise EngineUnavailableError(f"engine {self.name}: this processor has no bfloat16 arithmetic")
         settings = {
@@ -77,11 +77,9 @@ class OpenVinoEngine:
         self.run(np.zeros((batch, self.input_size, self.input_size, 3), np.uint8))
 
 
-def _openvino(engine: str):
+def _core(engine: str) -> Any:
     try:
-        import openvino
-
-        openvino.Core()
+        return _process_core()
     except ModuleNotFoundError as error:
         raise EngineUnavailableError(
             f"engine {engine}: OpenVINO is not installed (pip install dermray[openvino])"
@@ -90,7 +88,16 @@ def _openvino(engine: str):
         raise EngineUnavailableError(
             f"engine {engine}: OpenVINO does not start: {' '.join(str(error).split())}"
         ) from error
-    return openvino
+
+
+@functools.cache
+def _process_core() -> Any:
+    """One for the process, for as long as it lives. The CPU plugin of each `Core` gives the thread that loads it a stack
+    for signal handlers and takes it away when it goes: of two, the second to go leaves the thread with the first one's
+    stack, which is unmapped, and the next Ctrl-C ended the process with a segmentation fault (OpenVINO 2026.4)."""
+    import openvino
+
+    return openvino.Core()
 
 
 def computes_bfloat16() -> bool:
@@ -99,5 +106,4 @@ def computes_bfloat16() -> bool:
     Raises:
         EngineUnavailableError: OpenVINO is not installed.
     """
-    core = _openvino("openvino-bf16").Core()
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core("openvino-bf16").get_property("CPU", "OPTIMIZATION_CAPABILITIES")

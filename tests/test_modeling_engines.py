@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modeling import openvino_engine
 from modeling.engine_interface import EngineUnavailableError
 from modeling.engines import BucketedEngine, create_engine, start_engine
 from modeling.network_file import keep_network
@@ -124,6 +125,8 @@ def test_a_graph_without_an_output_is_refused(tmp_path, engine):
 
 
 def _missing_openvino(monkeypatch):
+    # As in a process that has not loaded it yet.
+    monkeypatch.setattr(openvino_engine, "_process_core", openvino_engine._process_core.__wrapped__)
     monkeypatch.setitem(sys.modules, "openvino", None)
     return {"engine": "openvino"}
 
@@ -247,6 +250,23 @@ def test_buckets_pick_the_smallest_that_holds_the_batch():
     engine.warm_up(1)
     assert small.batches == [1, 1]
     assert large.batches == [2, 8, 9]
+
+
+def test_ctrl_c_after_engines_came_and_went_is_an_interrupt(bundle):
+    """Each plugin of OpenVINO changes the signal stack of its thread: a job was ended by a segmentation fault."""
+    code = (
+        "import gc, os, signal; from modeling.bundle import load_bundle; from modeling.engines import create_engine\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"bundle = load_bundle({str(bundle.directory)!r})\n"
+        "load = lambda threads: create_engine(bundle, {'engine': 'openvino', 'options': {'threads': threads}})\n"
+        "first, second = load(1), load(2)\n"
+        "del first; gc.collect()\n"
+        "del second; gc.collect()\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 
 def test_a_bucketed_choice_survives_json_and_shares_sessions(bundle):

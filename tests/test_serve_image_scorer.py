@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from modeling import openvino_engine
 from modeling.bundle import load_bundle
 from modeling.engine_interface import EngineOutput
 from serve.image_scorer import ImageScorer, ImageScorerLogic, ImageScores, ScoreCall
@@ -59,6 +60,7 @@ def test_extreme_logits_stay_finite(reference, monkeypatch):
 
 
 def test_a_host_without_the_chosen_engine_serves_the_model_and_says_so(reference, monkeypatch):
+    monkeypatch.setattr(openvino_engine, "_process_core", openvino_engine._process_core.__wrapped__)
     monkeypatch.setitem(sys.modules, "openvino", None)
     choice = {"engine": "openvino", "options": {"threads": 1}}
     logic = ImageScorerLogic(reference.model_copy(update={"engine": choice}), max_batch_size=4)
