@@ -92,9 +92,9 @@ def _core(engine: str) -> Any:
 
 @functools.cache
 def _process_core() -> Any:
-    """One for the process, for as long as it lives. The CPU plugin of each `Core` gives the thread that loads it a stack
-    for signal handlers and takes it away when it goes: of two, the second to go leaves the thread with the first one's
-    stack, which is unmapped, and the next Ctrl-C ended the process with a segmentation fault (OpenVINO 2026.4)."""
+    """One for the process, for as long as it lives. The CPU plugin of each `Core` gives the thread that loads it a
+    stack for signal handlers and takes it away when it goes: of two, the second to go leaves the thread with the first
+    one's stack, which is unmapped, and the next Ctrl-C ends in a segmentation fault (OpenVINO 2026.4)."""
     import openvino
 
     return openvino.Core()
