@@ -70,24 +70,10 @@ def lesions(rows: int, first_patient: int, seed: int, columns: dict[str, Any]) -
     return table
 
 
-def write_reference(directory: Path, columns: dict[str, Any]) -> None:
-    """A bundle of metadata alone whose reference also has scores, image quality and embeddings."""
-    import numpy as np
-    import pandas as pd
-
-    from modeling.bundle_manifest import write_manifest
-    from modeling.metadata_fusion import BoosterConfig, FusionConfig, fit_context_model
+def benchmark_task(columns: dict[str, Any]) -> Any:
     from modeling.schema import TaskSpec
-    from monitoring.prediction_log import EMBEDDING_NAMES
 
-    table = lesions(3_000, 10**9, 1, columns)
-    embedding = table.pop("embedding").astype(np.float32)
-    for name in ("institution", "device"):
-        del table[name]
-    frame = pd.DataFrame(table | dict(zip(EMBEDDING_NAMES, embedding.T, strict=True))).assign(
-        risk_none=table["risk"], abstention="answered"
-    )
-    task = TaskSpec(
+    return TaskSpec(
         name="benchmark",
         fold_group="patient_id",
         label_column="target",
@@ -95,6 +81,31 @@ def write_reference(directory: Path, columns: dict[str, Any]) -> None:
         malignant=["malignant"],
         columns=columns,
     )
+
+
+def reference_frame(rows: int, seed: int, columns: dict[str, Any]) -> Any:
+    """A bundle's reference of metadata alone that also has scores, image quality and embeddings."""
+    import numpy as np
+    import pandas as pd
+
+    from monitoring.prediction_log import EMBEDDING_NAMES
+
+    table = lesions(rows, 10**9, seed, columns)
+    embedding = table.pop("embedding").astype(np.float32)
+    for name in ("institution", "device"):
+        del table[name]
+    embeddings = dict(zip(EMBEDDING_NAMES, embedding.T, strict=True))
+    return pd.DataFrame(table | embeddings).assign(risk_none=table["risk"], abstention="answered")
+
+
+def write_reference(directory: Path, columns: dict[str, Any]) -> None:
+    """A bundle with such a reference."""
+    import numpy as np
+
+    from modeling.bundle_manifest import write_manifest
+    from modeling.metadata_fusion import BoosterConfig, FusionConfig, fit_context_model
+
+    frame, task = reference_frame(3_000, 1, columns), benchmark_task(columns)
     labels = np.random.default_rng(0).integers(0, 2, len(frame))
     groups = frame["group"].to_numpy()
     values = {name: frame[name].to_numpy(object) for name in columns}
