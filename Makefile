@@ -44,12 +44,17 @@ lint: $(INSTALLED)  ## style and import directions
 # A folder of its own for each run: two runs at once do not meet.
 define run_pytest
 	@folder=$$(mktemp -d "$${TMPDIR:-/tmp}/dermray-test-XXXXXX"); \
-	$(BIN)/python -m pytest --basetemp="$$folder/t" -p no:cacheprovider $(1) $(PYTEST_FLAGS); \
+	$(2) $(BIN)/python -m pytest --basetemp="$$folder/t" -p no:cacheprovider $(1) $(PYTEST_FLAGS); \
 	status=$$?; if [ $$status -eq 0 ]; then rm -rf "$$folder"; else echo "test files are kept in $$folder" >&2; fi; exit $$status
 endef
 
+# Without a cluster side by side: most of a test's time is one process's. The files of one worker stay together, and none
+# takes a second thread for arithmetic that another worker's processor would have to make.
 test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
-	$(call run_pytest,-m 'not slow')
+	@echo "tests without a cluster, by several processes"
+	$(call run_pytest,-m 'not slow and not ray' --numprocesses logical --maxprocesses 8 --dist loadfile,OMP_NUM_THREADS=1)
+	@echo "tests on a real Ray cluster"
+	$(call run_pytest,-m 'ray and not slow')
 
 test-all: $(TENSORRT)  ## the slow tests: a killed train worker, the whole demo, TensorRT builds (half an hour)
 	$(call run_pytest,-m slow)

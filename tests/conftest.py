@@ -52,13 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
-    marked = any(item.get_closest_marker(mark) for mark in SERVER_MARKS) and not item.get_closest_marker("gpu")
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # Also where other processes run the tests: their reports come here with the tests' marks among the keywords.
+    marked = any(mark in report.keywords for mark in SERVER_MARKS) and "gpu" not in report.keywords
     if report.skipped and marked and not hasattr(report, "wasxfail"):
         _forbidden_skips.append(report.nodeid)
-    return report
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
