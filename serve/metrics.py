@@ -153,6 +153,12 @@ DRIFT_EMBEDDING_AUC = Metric(
     "How well that window's embeddings are told from the reference's; 0.5: not at all.",
     ("model_version",),
 )
+QUALITY = Metric(
+    "dermray_quality",
+    "gauge",
+    "A figure on the experts' labels of the trailing days of that window, and its 95 % interval: value, low, high.",
+    ("model_version", "context", "figure", "estimate", "bound"),
+)
 MODEL_INFO = Metric(
     "dermray_model_info",
     "gauge",
@@ -184,6 +190,7 @@ METRICS: tuple[Metric, ...] = (
     DRIFT_FEATURES,
     DRIFT_DISTANCE_RATIO,
     DRIFT_EMBEDDING_AUC,
+    QUALITY,
     MODEL_INFO,
 )
 

@@ -1,4 +1,4 @@
-"""Figures of the store that no request tells: alarms, their deliveries, drift reports, labels."""
+"""Figures of the store that no request tells: alarms, their deliveries, drift reports, labels, quality on them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from serve.metrics import (
     DRIFT_FEATURES,
     DRIFT_REPORT_AGE_SECONDS,
     LABELS,
+    QUALITY,
     Metric,
     Recorder,
 )
@@ -29,6 +30,8 @@ _INTERVAL_S = 30.0
 # A model that went long ago is no model whose check is overdue.
 _NEWEST_DAYS = 30
 _DAY_US = 86_400_000_000
+
+_QUALITY_FIGURES, _BOUNDS = ("auc", "pauc", "sensitivity", "specificity"), ("value", "low", "high")
 
 _Values = Mapping[tuple[str, ...], float]
 
@@ -70,6 +73,8 @@ class StoreGauges:
         self._tell(DRIFT_FEATURES, {key: len(row["drifted"]) for key, row in reports.items()})
         self._tell(DRIFT_DISTANCE_RATIO, _given({key: _largest_ratio(row) for key, row in reports.items()}))
         self._tell(DRIFT_EMBEDDING_AUC, _given({key: _embedding_auc(row) for key, row in reports.items()}))
+        quality = {key + of: value for key, row in reports.items() for of, value in _quality(row).items()}
+        self._tell(QUALITY, _given(quality))
 
     def _tell(self, metric: Metric, values: _Values) -> None:
         """These, and no longer those that were told and are not among them."""
@@ -93,3 +98,16 @@ def _largest_ratio(row: Mapping[str, Any]) -> float | None:
 def _embedding_auc(row: Mapping[str, Any]) -> float | None:
     embedding = row["statistics"].get("embedding")
     return None if embedding is None else embedding["auc"]
+
+
+def _quality(row: Mapping[str, Any]) -> dict[tuple[str, ...], float | None]:
+    """By (context, figure, estimate, bound); empty where quality was not measured."""
+    contexts = row["statistics"].get("quality", {}).get("trailing", {}).get("contexts", {})
+    return {
+        (context, figure, estimate, bound): (figures.get(figure) or {}).get(bound)
+        for context, plain in contexts.items()
+        for estimate, figures in (("plain", plain), ("corrected", plain.get("corrected")))
+        if figures is not None
+        for figure in _QUALITY_FIGURES
+        for bound in _BOUNDS
+    }

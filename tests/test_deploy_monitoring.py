@@ -102,6 +102,7 @@ SPOOLING = 'ray_dermray_log_spooling{replica="r"}'
 QUEUED = 'ray_dermray_submissions_pending{state="queued"}'
 SUBMITTED = 'ray_dermray_predictions_total{route="/v1/submissions",band="low",model_version="3"}'
 MISSED = 'ray_dermray_alarms_unacknowledged{kind="missed_cancer",severity="critical"}'
+WORSE = 'ray_dermray_alarms_unacknowledged{kind="quality",severity="warning"}'
 AGE, DRIFTED = 'ray_dermray_drift_report_age_seconds{model_version="3"}', 'ray_dermray_drift_alarm{model_version="3"}'
 ABSTAINED = 'ray_dermray_predictions_total{route="/v1/predict",band="abstained",model_version="3"}'
 PENDING = 'ray_dermray_alarm_deliveries{channel="ops",state="pending"}'
@@ -131,6 +132,7 @@ COUNT = f"{STAGE}_count{{{TOTAL}}}"
         ("DermrayNoPredictions", 600, {}, {TRAFFIC: "0+60x100 6000x3000"}),
         ("DermrayNoPredictions", 600, {}, {TRAFFIC: None}),
         ("DermrayMissedCancer", 10, {MISSED: "0x3000"}, {MISSED: "2x3000"}),
+        ("DermrayQuality", 10, {WORSE: "0x3000"}, {WORSE: "1x3000"}),
         ("DermrayDrift", 10, {}, {DRIFTED: "1x3000"}),
         ("DermrayDriftCheckOverdue", 60, {AGE: "97200x3000"}, {AGE: "130000x3000"}),
         ("DermrayDriftNeverChecked", 2900, {}, {AGE: None}),

@@ -293,6 +293,8 @@ def test_prometheus_finds_every_figure_that_the_rules_and_the_dashboard_ask_for(
     store.raise_alarm(alarm)
     claim_delivery(store, Subscription("watched"), 3_600_000_000, 9, 3_600_000_000)
     statistics = {"features": [{"distance": 0.1, "threshold": 0.2}], "embedding": {"auc": 0.5}}
+    figures = dict.fromkeys(("auc", "pauc", "sensitivity", "specificity"), {"value": 0.9, "low": 0.8, "high": 0.95})
+    statistics["quality"] = {"trailing": {"contexts": {"none": {**figures, "corrected": None}}}}
     window = {"window_start": now_us() - 1, "window_end": now_us(), "model_version": "watched", "reference": "r"}
     verdict = {"status": "ok", "alarm": False, "drifted": [], "statistics": statistics}
     counts = {"label_watermark": 0, "num_rows": 9, "num_groups": 9, "input_digest": "d", "report": None}

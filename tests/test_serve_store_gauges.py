@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from modeling.bundle import load_bundle
+from monitoring.drift_check import Window
+from monitoring.model_quality import QualitySettings, window_quality
 from serve.drift_logger import open_log
 from serve.metrics import (
     ALARM_DELIVERIES,
@@ -14,13 +17,14 @@ from serve.metrics import (
     DRIFT_FEATURES,
     DRIFT_REPORT_AGE_SECONDS,
     LABELS,
+    QUALITY,
 )
 from serve.store_gauges import StoreGauges
 from store.alarm_deliveries import Subscription, claim_delivery, give_up
 from store.alarm_records import acknowledge_alarm
 from store.labels import NewLabel, add_label
 from store.tables import now_us
-from tests.bundle_factory import storage
+from tests.bundle_factory import served_bundle, storage
 from tests.figures import Figures
 from tests.log_rows import prediction_row
 
@@ -55,9 +59,9 @@ def raise_alarm(store, key, kind="drift", severity="warning", **fields):
     store.raise_alarm({**row, **fields})
 
 
-def report(store, version, window_end, features=(), embedding=None, drifted=(), watermark=0):
+def report(store, version, window_end, features=(), embedding=None, drifted=(), watermark=0, **measured):
     key = {"window_start": window_end - 24 * HOUR_US, "window_end": window_end, "model_version": version}
-    statistics = {"features": list(features), "embedding": embedding}
+    statistics = {"features": list(features), "embedding": embedding, **measured}
     verdict = {"status": "drift" if drifted else "ok", "alarm": bool(drifted), "drifted": list(drifted)}
     counts = {"num_rows": 9, "num_groups": 9, "input_digest": "d", "report": None}
     key |= {"reference": "r", "label_watermark": watermark}
@@ -105,6 +109,34 @@ def test_the_newest_window_of_each_model_is_told(watched):
         "5": [[0], [0], [], []],
     }
     assert watched.figures.labels(DRIFT_ALARM) == {("3",), ("4",), ("5",)}
+
+
+def test_quality_on_labels_is_told_as_check_drift_measured_it(watched, tmp_path):
+    bundle = load_bundle(served_bundle(tmp_path / "bundle").bundle_uri)
+    settings = QualitySettings(min_malignant=2, min_verified=5)
+    now = now_us()
+    window = Window("day", now - 24 * HOUR_US, now)
+    report(watched.store, "4", now, quality=window_quality(watched.store, bundle, "4", window, settings))
+    # Twenty patients: half of their lesions are malignant, and one of these was called negative.
+    for number in range(20):
+        malignant, flagged = number % 2 == 0, number % 2 == 0 and number > 0
+        row = prediction_row(f"p{number}", received_at=now - HOUR_US, model_version="3", patient_hmac=f"{number:064x}")
+        row |= {"risk": 0.9 - 0.01 * number if flagged else 0.1 + 0.01 * number, "threshold": 0.5}
+        row |= {"band": "high" if flagged else "low", "context": "none"}
+        watched.store.insert_predictions([row])
+        add_label(watched.store, NewLabel(f"p{number}", "x", malignant, "rita"), "t")
+    quality = window_quality(watched.store, bundle, "3", window, settings)
+    report(watched.store, "3", now, quality=quality)
+    watched.look()
+    measured = quality["trailing"]["contexts"]["none"]
+    for estimate, figures in (("plain", measured), ("corrected", measured["corrected"])):
+        for figure in ("auc", "pauc", "sensitivity", "specificity"):
+            told = [watched.value(QUALITY, "3", "none", figure, estimate, bound) for bound in ("low", "value", "high")]
+            assert told == [figures[figure][bound] for bound in ("low", "value", "high")]
+            assert told == sorted(told)
+    assert watched.value(QUALITY, "3", "none", "sensitivity", "plain", "value") == 0.9
+    # Nothing is told of a model without labels.
+    assert {labels[0] for labels in watched.figures.labels(QUALITY)} == {"3"}
 
 
 def test_labels_are_counted(watched):
