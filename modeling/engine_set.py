@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,12 +137,13 @@ class EngineSet(_Record):
         return names.pop() if len(names) == 1 else ", ".join(f"{n} up to {b}" for b, n in sorted(self.chosen.items()))
 
     def save(self, root: str | Path) -> Path:
-        """Writes the set under `root`, replacing this device's earlier one; returns the file."""
+        """Writes the set under `root`, replacing this device's earlier one; returns the file. One at a time: its
+        temporary name is the same each time, so that a killed one leaves nothing."""
         path = engine_set_path(root, self.bundle_digest, self.device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-            file.write(self.model_dump_json(indent=1))
-        os.replace(file.name, path)
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        os.replace(partial, path)
         return path
 
 

@@ -4,9 +4,9 @@ engine set, under `engine_sets` and, for a registered model, in MLflow beside th
 from __future__ import annotations
 
 import csv
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from modeling.network_file import keep_network
 from modeling.network_precision import Activations, Int8Recipe, cpu_activations, write_float16, write_int8
 from modeling.registry import ModelVersion, Registry, find_model
 from ray_jobs.job import JobConfig, Location, run_job, say
+from store.synced_files import folder_lock, replacing, unfinished_folder
 
 BETTER_INT8 = "int8-better"
 # Networks of earlier engine sets stay so long: a running service may still start replicas with them.
@@ -101,25 +102,25 @@ def gate_lesions(
 
 
 class NetworkWriter:
-    """Makes the bundle's network in other precisions, calibrated on rows that train, in the engine set's folder.
+    """Makes the bundle's network in other precisions, calibrated on rows that train.
+
+    Args:
+        unfinished: where they are made; what is not kept goes with it.
 
     Attributes:
         not_made: a refused candidate for each network that could not be made.
     """
 
-    def __init__(self, bundle: Bundle, version: DatasetVersion, folder: Path, seed: int):
-        self.folder, self.not_made = folder, []
-        self._before = set(folder.glob("*.onnx"))
-        self._bundle, self._version, self._seed = bundle, version, seed
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, bundle: Bundle, version: DatasetVersion, unfinished: Path, seed: int):
+        self.not_made: list[CandidateReport] = []
+        self._bundle, self._version, self._unfinished, self._seed = bundle, version, unfinished, seed
 
-    def clear(self, in_use: set[str]) -> None:
-        """Deletes networks that no engine set needs: those made here that were refused, and those of sets so old that
-        no service starts replicas with them any more."""
-        long_ago = time.time() - KEPT_DAYS * 86400
-        for file in self.folder.glob("*.onnx"):
-            if str(file) not in in_use and (file not in self._before or file.stat().st_mtime < long_ago):
-                file.unlink()
+    def keep(self, engine_set: EngineSet, folder: Path) -> EngineSet:
+        """Moves the networks that passed into the engine set's folder; returns the set with their places."""
+        kept = {uri: str(folder / Path(uri).name) for uri in engine_set.network_uris(chosen=False)}
+        for made, target in kept.items():
+            Path(made).replace(target)
+        return engine_set.with_networks_at(kept)
 
     def float16(self) -> list[Candidate]:
         """Candidates that compute in float16; none where the network cannot be converted."""
@@ -157,17 +158,24 @@ class NetworkWriter:
         write: Callable[[Path], None],
         engines: tuple[str, ...] = CPU_ENGINES + GPU_ENGINES,
     ) -> list[Candidate]:
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            path = Path(folder) / f"{name}.onnx"
-            try:
-                write(path)
-            except Exception as error:  # whatever a converter raises costs this precision, not the other engines
-                reason = f"the network cannot be made: {' '.join(str(error).split()) or type(error).__name__}"
-                say(f"{name}: {reason}")
-                candidate = Candidate(name=name, choice={}, precision=precision)
-                self.not_made.append(CandidateReport(candidate=candidate, passed=False, reason=reason))
-                return []
-            return candidates_for(keep_network(path, self.folder, precision, name), BUCKETS, engines)
+        path = self._unfinished / f"{name}.onnx"
+        try:
+            write(path)
+        except Exception as error:  # whatever a converter raises costs this precision, not the other engines
+            reason = f"the network cannot be made: {' '.join(str(error).split()) or type(error).__name__}"
+            say(f"{name}: {reason}")
+            candidate = Candidate(name=name, choice={}, precision=precision)
+            self.not_made.append(CandidateReport(candidate=candidate, passed=False, reason=reason))
+            return []
+        return candidates_for(keep_network(path, self._unfinished, precision, name), BUCKETS, engines)
+
+
+def clear_networks(folder: Path, in_use: set[str]) -> None:
+    """Deletes networks of sets so old that no service starts replicas with them any more."""
+    long_ago = time.time() - KEPT_DAYS * 86400
+    for file in folder.glob("*.onnx"):
+        if str(file) not in in_use and file.stat().st_mtime < long_ago:
+            file.unlink()
 
 
 def _candidates(
@@ -198,7 +206,7 @@ def _candidates(
 def write_table(engine_set: EngineSet, path: Path) -> None:
     """The engine set's table as CSV."""
     rows = engine_set.table()
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
@@ -208,7 +216,8 @@ def _publish(
     config: ExportEngineConfig, found: ModelVersion, engine_set: EngineSet, folder: Path, writer: NetworkWriter | None
 ) -> tuple[EngineSet, Path]:
     """Keeps the set with its table and, in MLflow, also the chosen networks, where every replica can fetch them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if writer is not None:
+        engine_set = writer.keep(engine_set, folder)
     registry = Registry(config.tracking_uri, config.model_name, config.artifact_root) if found.version else None
     place = f"engine_sets/{engine_set.device}"
     local = set(engine_set.network_uris(chosen=False))
@@ -218,12 +227,12 @@ def _publish(
     table = folder / "engines.csv"
     write_table(engine_set, table)
     earlier = _networks_before(config, engine_set)
-    path = engine_set.save(config.engine_sets)
+    with folder_lock(folder):
+        path = engine_set.save(config.engine_sets)
     if registry is not None:
         registry.log_artifact_file(found, path, "engine_sets")
         registry.log_artifact_file(found, table, place)
-    if writer is not None:
-        writer.clear(local | earlier)
+    clear_networks(folder, local | earlier)
     return engine_set, path
 
 
@@ -242,26 +251,28 @@ def run(config: ExportEngineConfig) -> dict[str, Any]:
     if "image" not in bundle.manifest.modalities:
         raise ValueError(f"bundle {bundle.manifest.name!r} has no image model")
     folder = networks_folder(config.engine_sets, bundle.digest, device_key())
+    folder.mkdir(parents=True, exist_ok=True)
     lesions, writer = None, None
-    if config.dataset is not None:
-        version = open_dataset(config.dataset)
-        lesions = gate_lesions(version, bundle, config.lesions, config.seed)
-        say(f"comparing engines on {len(lesions.images)} lesions, {int(lesions.malignant.sum())} of them malignant")
-        writer = NetworkWriter(bundle, version, folder, config.seed)
-    candidates, better_try = _candidates(config, writer)
-    engine_set = measure_candidates(
-        bundle,
-        candidates,
-        lesions,
-        rounds=config.rounds,
-        limits=config.limits,
-        objective=config.objective,
-        better_try=better_try,
-        not_made=() if writer is None else writer.not_made,
-        say=say,
-        enough_s=config.enough_s,
-    )
-    engine_set, path = _publish(config, found, engine_set, folder, writer)
+    with ExitStack() as stack:
+        if config.dataset is not None:
+            version = open_dataset(config.dataset)
+            lesions = gate_lesions(version, bundle, config.lesions, config.seed)
+            say(f"comparing engines on {len(lesions.images)} lesions, {int(lesions.malignant.sum())} of them malignant")
+            writer = NetworkWriter(bundle, version, stack.enter_context(unfinished_folder(folder)), config.seed)
+        candidates, better_try = _candidates(config, writer)
+        engine_set = measure_candidates(
+            bundle,
+            candidates,
+            lesions,
+            rounds=config.rounds,
+            limits=config.limits,
+            objective=config.objective,
+            better_try=better_try,
+            not_made=() if writer is None else writer.not_made,
+            say=say,
+            enough_s=config.enough_s,
+        )
+        engine_set, path = _publish(config, found, engine_set, folder, writer)
     for report in engine_set.candidates:
         timings = ", ".join(f"{ms:.2f} at {bucket}" for bucket, ms in report.ms_per_image.items())
         say(f"{report.candidate.name}: {timings + ' (ms per image at batch size)' if timings else report.reason}")

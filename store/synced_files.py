@@ -7,6 +7,8 @@ import fcntl
 import glob
 import os
 import re
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Container, Iterator
@@ -28,6 +30,7 @@ _MAX_DIRTY_BYTES = 64 * 2**20
 # Once it took so long all the same, or failed, it is left alone for a while.
 _SLOW_S, _SLOW_S_PER_FILE = 0.5, 0.005
 _LEAVE_ALONE_S = 600.0
+_UNFINISHED = ".unfinished-"
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
@@ -80,6 +83,33 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def unfinished_folder(parent: Path) -> Iterator[Path]:
+    """A folder below `parent` for what may yet be thrown away; it goes when the block ends, and what killed ones have
+    left goes when the next one begins. Those of others at work on this machine stay: each holds its folder's lock."""
+    with folder_lock(parent):
+        for leftover in parent.glob(f"{_UNFINISHED}*"):
+            if not _is_locked(leftover):
+                shutil.rmtree(leftover)
+        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(descriptor)
+
+
+def _is_locked(folder: Path) -> bool:
+    with _opened(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def replace_synced(path: Path, data: bytes) -> None:

@@ -13,6 +13,9 @@ import pandas as pd
 import pytest
 import sqlalchemy as sql
 
+from data_pipelines.image_dataset import open_dataset
+from modeling.engine_set import find_engine_set
+from modeling.network_file import NetworkFile
 from modeling.registry import Registry
 from monitoring.prediction_log import PredictionLog, PredictionRecord
 from ray_jobs import export_engine, export_predictions, train_model
@@ -28,6 +31,7 @@ from store.retraining import find_retraining, request_retraining
 from store.tables import alarm_deliveries, exports, retrain_requests
 from tests import small_population, test_ray_jobs_apply_retention, test_ray_jobs_erase_patient
 from tests.bundle_factory import lesion_image
+from tests.dark_spots import prepare_dark_spots
 from tests.drift_population import lesions, records
 from tests.killed_jobs import Home, Job, check_every_kill, files, rows
 from tests.log_rows import prediction_row
@@ -105,6 +109,31 @@ def test_check_drift_leaves_one_report_one_alarm_of_each_kind_sent_once(home, ch
     assert "'drift'" in str(found["alarms"]) and "quality" in str(found["drift_reports"]) and len(found["labels"]) == 50
     assert found["alarm_deliveries"] and all("'sent'" in row for row in found["alarm_deliveries"])
     assert any(name.startswith("workspace/") for name in files(home / "drift"))
+
+
+def test_export_engine_leaves_a_set_its_networks_and_nothing_beside_them(home, tmp_path, check):
+    registry = Registry(f"sqlite:///{home}/mlflow.db", "dermray", str(home / "artifacts"))
+    dataset = prepare_dark_spots(tmp_path, 240, 2, 3)
+    bundle = tiny_bundle(tmp_path / "bundle", dataset_digest=open_dataset(dataset).digest)
+    version = registry.log_candidate(bundle.directory, "run", {}, {})
+    sets = home / "engine_sets"
+    # int8 always passes: which networks are kept is no matter of chance.
+    loose = {"auc": 0.5, "pauc": 0.5, "mean_probability": 0.5}
+    config = {"model": version.version, "dataset": str(dataset), "rounds": 1, "limits": loose}
+    config |= {"int8": {"pictures": 64}, "better_int8": None, "engine_sets": str(sets)}
+    config |= {"tracking_uri": registry.tracking_uri, "artifact_root": str(home / "artifacts")}
+
+    def state():
+        found = find_engine_set(sets, bundle.digest)
+        verdicts = {report.candidate.name: report.passed for report in found.candidates}
+        # What is fastest is a matter of chance here, and with it which network has a copy in MLflow.
+        for network in (report.candidate.choice.get("network") for report in found.candidates):
+            assert network is None or NetworkFile(**network).fetch(tmp_path / "cache").exists()
+        return verdicts, files(sets, contents=False)
+
+    assert check("export_engine", config, state, max_points=8) >= 8
+    names = files(sets, contents=False)
+    assert {Path(name).suffix for name in names} == {".onnx", ".csv", ".json"}
 
 
 @pytest.mark.parametrize("rollback", [False, True])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from store import synced_files
-from store.synced_files import SyncedFolders, temporary_files
+from store.synced_files import SyncedFolders, temporary_files, unfinished_folder
 
 
 class Clock:
@@ -235,3 +237,21 @@ def test_what_interrupted_writes_left_is_found(tmp_path):
     left.write_bytes(b"half")
     synced_files._temporary(tmp_path / "aa10").write_bytes(b"half")
     assert temporary_files(tmp_path / "aa1") == [left]
+
+
+def test_an_unfinished_folder_goes_and_so_do_those_of_killed_ones_but_not_those_of_others_at_work(tmp_path):
+    killed = (
+        "import os, sys, pathlib; from store.synced_files import unfinished_folder\n"
+        "with unfinished_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('x'); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").exists()
+    with unfinished_folder(tmp_path) as first:
+        assert not left.exists()
+        with pytest.raises(RuntimeError), unfinished_folder(tmp_path) as second:
+            assert first != second and {first, second} == set(tmp_path.iterdir())
+            raise RuntimeError
+        assert list(tmp_path.iterdir()) == [first]
+    assert not list(tmp_path.iterdir())
