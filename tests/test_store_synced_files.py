@@ -240,18 +240,20 @@ def test_what_interrupted_writes_left_is_found(tmp_path):
 
 
 def test_an_unfinished_folder_goes_and_so_do_those_of_killed_ones_but_not_those_of_others_at_work(tmp_path):
+    parent = tmp_path / "sets"
+    parent.mkdir()
     killed = (
         "import os, sys, pathlib; from store.synced_files import unfinished_folder\n"
         "with unfinished_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('x'); os._exit(1)"
     )
-    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
-    (left,) = tmp_path.iterdir()
+    subprocess.run([sys.executable, "-c", killed, str(parent)], check=False)
+    (left,) = parent.iterdir()
     assert (left / "half").exists()
-    with unfinished_folder(tmp_path) as first:
+    with unfinished_folder(parent) as first:
         assert not left.exists()
-        with pytest.raises(RuntimeError), unfinished_folder(tmp_path) as second:
-            assert first != second and {first, second} == set(tmp_path.iterdir())
+        with pytest.raises(RuntimeError), unfinished_folder(parent) as second:
+            assert first != second and {first, second} == set(parent.iterdir())
             raise RuntimeError
-        assert list(tmp_path.iterdir()) == [first]
-    assert not list(tmp_path.iterdir())
+        assert list(parent.iterdir()) == [first]
+    assert not list(parent.iterdir())
