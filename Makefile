@@ -48,16 +48,21 @@ define run_pytest
 	status=$$?; if [ $$status -eq 0 ]; then rm -rf "$$folder"; else echo "test files are kept in $$folder" >&2; fi; exit $$status
 endef
 
-# Without a cluster side by side: most of a test's time is one process's. The files of one worker stay together, and none
-# takes a second thread for arithmetic that another worker's processor would have to make.
-test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
-	@echo "tests without a cluster, by several processes"
-	$(call run_pytest,-m 'not slow and not ray' --numprocesses logical --maxprocesses 8 --dist loadfile,OMP_NUM_THREADS=1)
-	@echo "tests on a real Ray cluster"
-	$(call run_pytest,-m 'ray and not slow')
+# Those without a cluster side by side: most of a test's time is one process's. The tests of a file stay together, and no
+# process takes a second thread for arithmetic, which another one's core would have to do.
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-test-all: $(TENSORRT)  ## the slow tests: a killed train worker, the whole demo, TensorRT builds (half an hour)
-	$(call run_pytest,-m slow)
+test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 minutes)
+	@echo "tests without a cluster, in several processes"
+	$(call run_pytest,-m 'not slow and not ray' $(SIDE_BY_SIDE),OMP_NUM_THREADS=1)
+	@echo "tests on a real Ray cluster"
+	$(call run_pytest,-m 'not slow and ray')
+
+test-all: $(TENSORRT)  ## the slow tests: kills, a simulated month, the whole demo, TensorRT builds (40 minutes)
+	@echo "slow tests without a cluster, in several processes"
+	$(call run_pytest,-m 'slow and not ray' $(SIDE_BY_SIDE),OMP_NUM_THREADS=1)
+	@echo "slow tests on a real Ray cluster"
+	$(call run_pytest,-m 'slow and ray')
 
 # 100 MB that only these tests need: TensorRT-RTX's builder works without a GPU.
 $(TENSORRT): $(INSTALLED)

@@ -125,6 +125,7 @@ def broken_engines(home, folder):
     return [(r.passed, r.reason) for r in measure_candidates(bundle, broken, lesions, rounds=1).candidates]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_demo(tmp_path):
