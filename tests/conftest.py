@@ -45,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Those without the mark run in several processes, and a host has room for one cluster.
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("ray"):
+            raise pytest.UsageError(f"{item.nodeid} uses the fixture ray_cluster without the mark `ray`")
     if Path("/dev/nvidia0").exists():
         return
     for item in items:
