@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -223,9 +224,14 @@ def rows(store_url: str, *leave_out: str) -> dict[str, list[str]]:
     with store.reading() as connection:
         for table in schema.sorted_tables:
             columns = [column for column in table.c if column.name not in VOLATILE | set(leave_out)]
-            found[table.name] = sorted(map(str, connection.execute(sql.select(*columns)).all()))
+            found[table.name] = sorted(map(_text, connection.execute(sql.select(*columns))))
     store.close()
     return found
+
+
+def _text(row: Any) -> str:
+    """All of it: the text of SQLAlchemy's own rows leaves out the middle of long values. Objects have no order."""
+    return str([json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in row])
 
 
 def files(folder: Path, contents: bool = True) -> dict[str, str]:

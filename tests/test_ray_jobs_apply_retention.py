@@ -113,7 +113,9 @@ class Place:
     def state(self):
         tables = (predictions, labels, images, submissions, alarms, alarm_deliveries, dataset_predictions)
         with self.store.reading() as connection:
-            rows = {table.name: sorted(map(str, connection.execute(sql.select(table)).all())) for table in tables}
+            rows = {
+                table.name: sorted(str(tuple(row)) for row in connection.execute(sql.select(table))) for table in tables
+            }
         return rows | {"pictures": self.pictures()}
 
 
