@@ -180,6 +180,7 @@ def champion(month: Month) -> str:
 def test_drift_retrains_once_and_the_gate_refuses_a_worse_candidate(month):
     # Nothing is learnt: random weights, and steps too small to matter.
     worse = {"model": {"weights": "none"}, "optimizer": {"epochs": 1, "learning_rate": 1e-6}}
+    worse["sampling"] = {"epoch_rows": 256}
     (done,) = retrain(month, "worse", worse)["retrainings"]
     assert (done["trigger"], done["state"], done["gate_passed"]) == ("drift", "done", False)
     assert retrain(month, "worse", worse)["retrainings"] == []
