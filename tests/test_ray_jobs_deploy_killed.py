@@ -189,10 +189,7 @@ def state(service: Service) -> dict[str, Any]:
 
     told, applications = running_service(), serve.status().applications
     running = {
-        name: {
-            node: {replica.value: number for replica, number in deployment.replica_states.items()}
-            for node, deployment in application.deployments.items()
-        }
+        name: {node: dict(deployment.replica_states) for node, deployment in application.deployments.items()}
         for name, application in applications.items()
         # A shadow that goes takes its time.
         if application.status != "DELETING"
