@@ -272,6 +272,8 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
             say(f"alarms: channel {channel.name} needs {name} in the environment of the cluster's nodes; not set here")
     start_serve(config)
     rollout, previous = Rollout(config.url, config.ready_timeout_s), running_service()
+    if previous is not None:
+        previous = rollout.finish_putting_back(previous)
     if shadow is not None:
         rollout.start_shadow(settings, shadow, previous)
     rollout.deploy_or_put_back(Deployed(settings, model, shadow), previous, lambda: upgrade_store(config.store_url))

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import ray
 
+from ray_jobs import deploy_service
 from ray_jobs.deploy_service import DeployServiceConfig, resolve_model, resolve_shadow, run, serve_settings
 from ray_jobs.job import parse_config
 from ray_jobs.model_swap import MODEL_NODES, Deployed, running_service
@@ -28,6 +29,7 @@ from serve.drift_logger import open_log
 from store.synced_files import target_of
 from tests.bundle_factory import lesion_image, served_bundle
 from tests.house import REPO_ROOT
+from tests.test_ray_jobs_deploy_service import engine_set
 from tests.test_serve_app import METADATA, Service, replicas, service, wait_for
 
 __all__ = ["service"]
@@ -413,4 +415,33 @@ def test_a_shadow_that_comes_or_goes_with_a_killed_deploy(world, when, place, sh
         traffic.wait_for_answers(10)
         run(config_of(flags))
     check_state(world.service, flags)
+    assert pids() == before
+
+
+@pytest.fixture
+def engineless(world) -> str:
+    """A bundle that the scorer alone refuses."""
+    reference = served_bundle(world.service.home / "bundles" / "engineless", onnx_bias=2.5)
+    broken = engine_set(reference.sha256, "x", threads=1)
+    broken.candidates[0].candidate.choice = {"engine": "abacus"}
+    broken.save(world.service.home / "engine_sets")
+    return reference.bundle_uri
+
+
+def test_a_model_that_is_refused_at_the_switch_by_a_deploy_that_is_killed_before_it_puts_the_old_one_back(
+    world, engineless
+):
+    """The next deploy of that model is refused as ever, and the service answers as before both."""
+    served = world.service.client.get(f"{world.service.url}/v1/model").json()["model_version"]
+    before, flags = pids(), world.flags(engineless)
+    # What would have refused it earlier: it loaded then, and does not any more.
+    skipped = ["--without", "ray_jobs.deploy_service:load_once"]
+    skipped += ["--without", "ray_jobs.service_rollout:prepare_replicas"]
+    with traffic_of(world), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploy_service, "load_once", lambda *_: None)
+        killed(driver([*skipped, *flags], "before", "ray_jobs.service_rollout:Rollout._put_back"))
+        assert not world.service.ready()
+        with pytest.raises(ValueError, match=f"is not served: ImageScorer: .*abacus.*; version {served} goes on$"):
+            run(config_of(flags))
+    check_state(world.service, world.flags(world.bundles[served]))
     assert pids() == before
