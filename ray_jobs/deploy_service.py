@@ -44,6 +44,7 @@ from serve.settings import (
     UploadLimits,
 )
 from serve.shadow_settings import ShadowReference, ShadowSettings
+from store.synced_files import replacing
 
 
 class DeployServiceConfig(JobConfig):
@@ -156,18 +157,20 @@ def load_once(model: ModelReference, scorer: ScorerSettings) -> None:
 
 
 def ensure_patient_key(path: Path) -> None:
-    """Makes the secret behind patient pseudonyms, readable by its owner only, unless it is there."""
+    """Makes the secret behind patient pseudonyms, readable by its owner only, unless it is there.
+
+    Raises:
+        ValueError: it is there and empty.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if path.stat().st_size == 0:
-            raise ValueError(f"patient_key_file {path} is empty; expected a secret") from None
-        return
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))
-        file.flush()
-        os.fsync(file.fileno())
+    if not path.exists():
+        with replacing(path) as temporary:
+            # Under the folder's lock: what another deploy has made meanwhile stays.
+            secret = path.read_bytes() if path.exists() else secrets.token_bytes(32)
+            temporary.touch(mode=0o600)
+            temporary.write_bytes(secret)
+    if path.stat().st_size == 0:
+        raise ValueError(f"patient_key_file {path} is empty; expected a secret")
 
 
 def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
@@ -269,6 +272,8 @@ def run(config: DeployServiceConfig) -> dict[str, Any]:
             say(f"alarms: channel {channel.name} needs {name} in the environment of the cluster's nodes; not set here")
     start_serve(config)
     rollout, previous = Rollout(config.url, config.ready_timeout_s), running_service()
+    if previous is not None:
+        previous = rollout.finish_putting_back(previous)
     if shadow is not None:
         rollout.start_shadow(settings, shadow, previous)
     rollout.deploy_or_put_back(Deployed(settings, model, shadow), previous, lambda: upgrade_store(config.store_url))

@@ -115,6 +115,27 @@ def _read(answers: list[Any]) -> Deployed:
     return deployed
 
 
+def kept_model() -> ModelReference | None:
+    """The model that a replica of the service kept when it refused another one at the switch; None where none did.
+
+    Whoever ordered that switch puts the old model back. Where a replica still says this, nobody has: the nodes' models
+    differ, and all requests are told to come later.
+    """
+    for node in MODEL_NODES:
+        for state in _states(node):
+            if not isinstance(state, Exception) and state["refused"] is not None:
+                return ModelReference.model_validate(state["model"])
+    return None
+
+
+def _states(node: str) -> list[Any]:
+    """What the replicas of a node say of their models; empty also where not all answer in time."""
+    try:
+        return _ask_all(node, "model_state", timeout_s=_ANSWER_S)
+    except TimeoutError:
+        return []
+
+
 def prepare_replicas(model: ModelReference, timeout_s: float) -> None:
     """Has every replica load a model beside the one that it serves; when one cannot, none keeps it.
 

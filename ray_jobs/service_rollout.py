@@ -8,10 +8,11 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray_jobs.job import say
-from ray_jobs.model_swap import Deployed, all_replicas_hold, drop_prepared, prepare_replicas
+from ray_jobs.model_swap import Deployed, all_replicas_hold, drop_prepared, kept_model, prepare_replicas
 from serve.settings import APP_NAME, ServeSettings
 from serve.shadow_settings import ShadowReference
 
@@ -34,6 +35,24 @@ class Rollout:
     def model_card(self) -> dict[str, Any] | None:
         """What /v1/model says; None while there is no answer."""
         return _get(f"{self.url}/v1/model")
+
+    def finish_putting_back(self, running: Deployed) -> Deployed:
+        """Puts back what a deploy that was killed left undone: its model was refused, and nobody took it away again.
+
+        Returns:
+            What runs now; as given where there was nothing to put back, or it could not be: the next deploy decides.
+        """
+        kept = kept_model()
+        if kept is None:
+            return running
+        before = replace(running, model=kept)
+        say(f"a deploy ended before it put back version {kept.version}, which a node kept; putting it back")
+        try:
+            self._deploy(before)
+        except ValueError as error:
+            say(f"version {kept.version} is not put back: {error}")
+            return running
+        return before
 
     def start_shadow(self, settings: ServeSettings, shadow: ShadowReference, previous: Deployed | None) -> None:
         """Starts a shadow beside what runs; one that does not start is taken away again, or gets back what it had.

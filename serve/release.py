@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 import zipfile
 from pathlib import Path
+
+from store.synced_files import replacing
 
 # What a replica imports; nothing above it (data pipelines, training, jobs) belongs into a live service.
 PACKAGES = ("modeling", "monitoring", "serve", "store")
@@ -43,8 +43,7 @@ def write_release(root: Path, releases: Path) -> Path:
     path = releases / f"{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.zip"
     if not path.exists():
         releases.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=releases, suffix=".partial", delete=False) as file:
-            file.write(content.getvalue())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.getvalue())
+            temporary.chmod(0o644)
     return path

@@ -268,6 +268,7 @@ def test_a_deploy_that_is_refused_leaves_the_store_to_the_release_that_runs(
         monkeypatch.setattr(deploy_service, name, lambda *_: None)
     running = Deployed(serve_settings(DeployServiceConfig(), write_release(REPO_ROOT, dermray_home / "releases")), ONE)
     monkeypatch.setattr(deploy_service, "running_service", lambda: running)
+    monkeypatch.setattr(service_rollout, "kept_model", lambda: None)
     monkeypatch.setattr(Rollout, "start_shadow", lambda *_: None)
     monkeypatch.setattr(service_rollout, "_take_back_shadow", lambda *_: None)
     if refusal == "keys":

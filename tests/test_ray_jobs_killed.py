@@ -19,8 +19,9 @@ from modeling.engine_set import find_engine_set
 from modeling.network_file import NetworkFile
 from modeling.registry import Registry
 from monitoring.prediction_log import PredictionLog, PredictionRecord
-from ray_jobs import export_engine, export_predictions, train_model
+from ray_jobs import deploy_service, export_engine, export_predictions, train_model
 from ray_jobs.export_predictions import ExportPredictionsConfig
+from ray_jobs.service_rollout import Rollout
 from ray_jobs.verify_audit import VerifyAuditConfig
 from ray_jobs.verify_audit import run as verify_audit
 from store.api_keys import create_api_key, hash_key, list_api_keys
@@ -31,7 +32,7 @@ from store.labels import NewLabel, add_label
 from store.retraining import find_retraining, request_retraining
 from store.tables import alarm_deliveries, exports, retrain_requests
 from tests import small_population, test_ray_jobs_apply_retention, test_ray_jobs_erase_patient
-from tests.bundle_factory import lesion_image
+from tests.bundle_factory import lesion_image, served_bundle
 from tests.dark_spots import prepare_dark_spots
 from tests.drift_population import lesions, records
 from tests.killed_jobs import Home, Job, check_every_kill, files, rows
@@ -382,6 +383,30 @@ def test_upgrade_store_is_all_or_nothing(home, check):
 
     assert check("upgrade_store", {"store_url": store_of(home)}, state) >= 1
     assert len(state()[2]["predictions"]) == len(before["predictions"]) == 1
+
+
+def stand_in_for_serve():
+    """A cluster that takes every deploy: what happens there is in test_ray_jobs_deploy_killed."""
+    for name in ("connect", "cluster_nodes", "check_room", "start_serve", "running_service"):
+        setattr(deploy_service, name, lambda *_: None)
+    Rollout._deploy = lambda *_: None
+    Rollout.model_card = lambda _: None
+
+
+def test_deploy_service_leaves_one_key_one_release_and_one_store(home, check):
+    bundle = served_bundle(home / "bundle")
+    key = home / "secrets" / "patient_hmac.key"
+    places = {"images_url": str(home / "images"), "spool_dir": str(home / "spool"), "engine_sets": str(home / "sets")}
+    config = {"bundle": bundle.bundle_uri, "store_url": store_of(home), "patient_key_file": str(key)}
+    config |= {"releases": str(home / "releases"), **places}
+
+    def state():
+        made = sorted(str(path.relative_to(home)) for path in home.iterdir() if not path.name.startswith("store.db"))
+        keys = files(home / "secrets", contents=False), key.stat().st_size, stat.S_IMODE(key.stat().st_mode)
+        return made, keys, files(home / "releases"), rows(store_of(home))
+
+    assert check("deploy_service", config, state, stand_in_for_serve) >= 8
+    assert state()[:2] == (["bundle", "releases", "secrets"], ({"patient_hmac.key": ""}, 32, 0o600))
 
 
 def stand_in_for_ray():

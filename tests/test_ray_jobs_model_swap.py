@@ -128,6 +128,19 @@ def test_what_was_there_before_is_put_back_with_its_settings(cluster, swap):
     assert cluster.done == [("prepare", "2"), "store", (3, "2"), (2, "1")]
 
 
+def test_what_a_killed_deploy_did_not_put_back_is_put_back_by_the_next_one(cluster, dermray_home, monkeypatch):
+    torn = Deployed(serve_settings(DeployServiceConfig(), dermray_home / "x.zip"), reference("2"))
+    rollout = Rollout("http://127.0.0.1:1", 180)
+    monkeypatch.setattr(service_rollout, "kept_model", lambda: None)
+    assert rollout.finish_putting_back(torn) == torn and cluster.done == []
+    monkeypatch.setattr(service_rollout, "kept_model", lambda: reference("1"))
+    assert rollout.finish_putting_back(torn) == Deployed(torn.settings, reference("1"))
+    assert cluster.done == [(2, "1")]
+    # A version that is gone is no reason to refuse the next one.
+    cluster.cannot_deploy["1"] = "gone"
+    assert rollout.finish_putting_back(torn) == torn
+
+
 def test_when_nothing_can_be_put_back_the_line_has_both_reasons(cluster, swap):
     cluster.cannot_deploy = {"2": "refused", "1": "gone"}
     with pytest.raises(ValueError, match="is not served: refused; putting back version 1 failed too: gone$"):
