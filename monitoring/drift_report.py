@@ -26,7 +26,7 @@ from monitoring.embedding_drift import EmbeddingDrift
 from store.synced_files import replace_synced
 
 # Part of every window's input digest: a window is judged again when the statistics change.
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
 EMBEDDING = "embedding"
 # Categories that the reference lacks, named per feature in the report.
 _MAX_UNSEEN = 20

@@ -12,6 +12,8 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 
 NUM_FOLDS = 3
+# With one partition the AUC of one and the same 40 patients against 60 had a spread of 0.02, with five of 0.006.
+NUM_PARTITIONS = 5
 # Both sides are thinned to this many rows, by whole patients; more only cost time.
 MAX_ROWS = 2_000
 _REGULARISATION = 0.1
@@ -81,19 +83,21 @@ def domain_auc(
     current_groups: np.ndarray,
     rng: np.random.Generator,
 ) -> float:
-    """Mean held-out AUC over three folds of whole patients, logistic regression on standardised embeddings."""
+    """Mean held-out AUC of logistic regression on standardised embeddings, over five partitions of whole patients into
+    three folds."""
     from sklearn.linear_model import LogisticRegression
 
     scale = reference.std(axis=0)
     rows = (np.vstack([reference, current]) - reference.mean(axis=0)) / np.where(scale > 0, scale, 1.0)
     is_current = np.repeat([0, 1], [len(reference), len(current)])
-    folds = np.concatenate([_folds(reference_groups, rng), _folds(current_groups, rng)])
+    model = LogisticRegression(C=_REGULARISATION, solver="newton-cholesky", class_weight="balanced")
     scores = []
-    for fold in range(NUM_FOLDS):
-        held_out = folds == fold
-        model = LogisticRegression(C=_REGULARISATION, solver="newton-cholesky", class_weight="balanced")
-        model.fit(rows[~held_out], is_current[~held_out])
-        scores.append(_auc(is_current[held_out], rows[held_out] @ model.coef_[0]))
+    for _ in range(NUM_PARTITIONS):
+        folds = np.concatenate([_folds(reference_groups, rng), _folds(current_groups, rng)])
+        for fold in range(NUM_FOLDS):
+            held_out = folds == fold
+            model.fit(rows[~held_out], is_current[~held_out])
+            scores.append(_auc(is_current[held_out], rows[held_out] @ model.coef_[0]))
     return float(np.mean(scores))
 
 

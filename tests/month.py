@@ -106,17 +106,16 @@ def warmer(picture: np.ndarray, strength: float) -> np.ndarray:
     return np.clip(picture.astype(np.float32) * gains, 0, 255).round().astype(np.uint8)
 
 
-def shift_embeddings(folder: Path, bundle: Bundle, sigma: float, num_pictures: int = 100) -> float:
+def shift_embeddings(folder: Path, bundle: Bundle, sigma: float) -> float:
     """Gives a data set's pictures another white balance, by as much as moves their embeddings by `sigma`; returns how
-    far they moved."""
+    far they moved. (Set on the first 100 of 328 pictures, all of them moved by 0.117 instead of 0.15.)"""
     with h5py.File(folder / "train-image.hdf5", "r") as file:
         pictures = {name: decode_image(bytes(file[name][()])) for name in file}
     scale = bundle.reference()[list(EMBEDDING_NAMES)].to_numpy().std(axis=0)
-    some = list(pictures.values())[:num_pictures]
-    before = embeddings(bundle, some)
+    before = embeddings(bundle, list(pictures.values()))
 
     def moved(change: Callable[[np.ndarray], np.ndarray]) -> float:
-        steps = (embeddings(bundle, [change(picture) for picture in some]) - before).mean(axis=0) / scale
+        steps = (embeddings(bundle, [change(picture) for picture in pictures.values()]) - before).mean(axis=0) / scale
         return float(np.sqrt(np.mean(steps**2)))
 
     low, high = 0.0, 0.3
