@@ -51,6 +51,11 @@ TRAIN_MODEL = {
     "max_concurrent": 2,
 }
 
+# Engines of reduced precision have tests of their own.
+EXPORT_ENGINE = {"model": "candidate", "dataset": "datasets/demo", "lesions": 200, "rounds": 1} | dict.fromkeys(
+    ("int8", "better_int8")
+)
+
 
 def write_config(home: Path, name: str, values: dict) -> str:
     path = home / f"{name}.yaml"
@@ -68,7 +73,7 @@ def month(ray_connected, tmp_path_factory) -> Iterator[Month]:
     month.job("make_sample", "--out", str(home / "samples" / "demo"), *sample)
     month.job("prepare_dataset", "--config", str(DEMO / "prepare_dataset.yaml"), "--num-folds", "2")
     month.job("train_model", "--config", write_config(home, "train_model", TRAIN_MODEL), "--run-name", "first")
-    month.job("export_engine", "--config", str(DEMO / "export_engine.yaml"), "--lesions", "200", "--rounds", "1")
+    month.job("export_engine", "--config", write_config(home, "export_engine", EXPORT_ENGINE))
     month.job("promote_model", "--config", str(DEMO / "promote_model.yaml"), "--approver", "Ada")
     for name, role in (("clinic", "admin"), ("reader", "reviewer"), ("Ben", "approver"), ("Cleo", "approver")):
         file = home / f"{name}.key"
@@ -166,7 +171,7 @@ def retrain(month: Month, name: str, values: dict) -> dict:
             "values": {"num_folds": 2, "add_labels": {"require": "single", "max_share": 0.9}},
         },
         "train": {"config": write_config(month.home, f"train_{name}", TRAIN_MODEL), "values": {"training": values}},
-        "export": {"config": "configs/demo/export_engine.yaml", "values": {"lesions": 200, "rounds": 1}},
+        "export": {"config": write_config(month.home, "export_engine", EXPORT_ENGINE)},
         "gate": {"config": "configs/demo/promote_model.yaml"},
     }
     return month.job("retrain", "--config", write_config(month.home, name, config))
@@ -196,7 +201,7 @@ def test_a_better_candidate_is_approved_by_someone_else_promoted_served_and_roll
 
     with client("Ben") as ben:
         asked = ben.retrain("the pictures of this month")
-    better = {"optimizer": {"epochs": 4}, "sampling": {"epoch_rows": 1536}}
+    better = {"optimizer": {"epochs": 3}, "sampling": {"epoch_rows": 1280}}
     (done,) = retrain(month, "better", better)["retrainings"]
     version = done["model_version"]
     assert done["id"] == asked.retrain_id and done["gate_passed"], done
