@@ -58,13 +58,20 @@ OPEN_PATHS = frozenset(
         "/v1/model",
         "/docs",
         "/openapi.json",
-        "/",
-        "/review",
         "/monitoring",
     }
 )
 # The pages' scripts and style sheets.
 OPEN_PREFIX = "/static/"
+# Least role by the first part of the path of a page with sessions, which `PageGuard` lets in; "" is `/` itself. None:
+# whoever comes.
+PAGE_ROLES: dict[str, Role | None] = {
+    "": "caller",
+    "results": "caller",
+    "about": None,
+    "sign-in": None,
+    "sign-out": None,
+}
 
 _LITERAL = {place: role for place, role in LEAST_ROLE.items() if "{}" not in place[1]}
 _PATTERNS = [
@@ -74,9 +81,15 @@ _PATTERNS = [
 ]
 
 
+def page_of(path: str) -> str | None:
+    """The page with sessions that a path belongs to, as in `PAGE_ROLES`; None for any other path."""
+    page, _, rest = path.removeprefix("/").partition("/")
+    return page if page in PAGE_ROLES and (page or not rest) else None
+
+
 def is_open(path: str) -> bool:
-    """Whether the path asks no one for a key."""
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+    """Whether the path asks no one for a key in a header."""
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or page_of(path) is not None
 
 
 def least_role(method: str, path: str) -> Role | None:

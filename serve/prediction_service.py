@@ -101,6 +101,10 @@ class PredictionService:
             raise image
         return image.stored
 
+    async def find(self, caller: str, keys: Sequence[str]) -> Sequence[PredictionRecord | None]:
+        """What is stored under a caller's idempotency keys, in their order; nothing while the log does not answer."""
+        return await self._log.find(caller, list(keys))
+
     async def predict(
         self, requests: Sequence[LesionRequest | ApiError], route: str, patient: bool = False
     ) -> list[Outcome]:
