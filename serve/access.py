@@ -83,8 +83,8 @@ _PATTERNS = [
 
 def page_of(path: str) -> str | None:
     """The page with sessions that a path belongs to, as in `PAGE_ROLES`; None for any other path."""
-    page, _, rest = path.removeprefix("/").partition("/")
-    return page if page in PAGE_ROLES and (page or not rest) else None
+    page = path[1:].partition("/")[0]
+    return page if path.startswith("/") and page in PAGE_ROLES and (page or path == "/") else None
 
 
 def is_open(path: str) -> bool:

@@ -14,16 +14,16 @@ from serve.served_model import ServedModel
 
 BANDS = {
     "low": (
-        "Lower risk",
+        "Low priority",
         "Nothing to do now. Photograph it again in three months, and show it to a doctor if it grows, changes colour or "
         "shape, itches or bleeds.",
     ),
     "moderate": (
-        "Raised risk",
+        "Should be seen by a doctor",
         "Have a doctor look at it within the next weeks. Do not wait for it to change.",
     ),
     "high": (
-        "High risk",
+        "Should be seen soon",
         "Show it to a dermatologist soon, within days rather than weeks.",
     ),
 }
@@ -58,7 +58,8 @@ class LesionView:
     Attributes:
         record: as it is stored.
         number: its place in the upload, from 1.
-        headline: the risk band in words, or that there is no risk.
+        headline: the risk band in words, or that there is no risk. They are of urgency: a band starts at a threshold that
+            finds so many cancers, which can lie below the average risk.
         next_step: what to do.
         times_average: the risk over that of an average lesion; None when abstained.
         similar: tested lesions with nearly this risk; None when abstained, or of a model tested on too few.
