@@ -77,7 +77,7 @@ def write_page_samples(out: Path, seed: int = SEED) -> list[dict[str, Any]]:
     import cv2
     import numpy as np
 
-    from data_pipelines.synthetic_dataset import Shift, _Shown
+    from data_pipelines.synthetic_dataset import Shift, Shown
     from data_pipelines.synthetic_lesions import encode_jpeg, render_lesion
     from data_pipelines.synthetic_metadata import build_metadata
     from data_pipelines.synthetic_patients import draw_latents
@@ -85,7 +85,7 @@ def write_page_samples(out: Path, seed: int = SEED) -> list[dict[str, Any]]:
     rng = np.random.default_rng([seed, NUM_PATIENTS])
     latents = draw_latents(NUM_PATIENTS, LESIONS_PER_PATIENT, PREVALENCE, rng)
     table = build_metadata(latents, rng, f"{seed:04d}")
-    shown = _Shown(latents, table, Shift())
+    shown = Shown(latents, table, Shift())
     complete = table[list(FIELDS)].notna().all(axis=1).to_numpy()
     patients: set[int] = set()
     samples = []
