@@ -92,7 +92,9 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
             return form_page(request, error.status, problem=error.detail, values=entered)
         names = [name[:_MAX_NAME] for name, _ in pictures]
         refused = [
-            (name, outcome.detail) for name, outcome in zip(names, outcomes, strict=True) if isinstance(outcome, ApiError)
+            (name, outcome.detail)
+            for name, outcome in zip(names, outcomes, strict=True)
+            if isinstance(outcome, ApiError)
         ]
         stored = {i: outcome[0] for i, outcome in enumerate(outcomes) if not isinstance(outcome, ApiError)}
         if not stored:

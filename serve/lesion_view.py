@@ -15,8 +15,8 @@ from serve.served_model import ServedModel
 BANDS = {
     "low": (
         "Low priority",
-        "Nothing to do now. Photograph it again in three months, and show it to a doctor if it grows, changes colour or "
-        "shape, itches or bleeds.",
+        "Nothing to do now. Photograph it again in three months, and show it to a doctor if it grows, changes colour "
+        "or shape, itches or bleeds.",
     ),
     "moderate": (
         "Should be seen by a doctor",
@@ -58,8 +58,8 @@ class LesionView:
     Attributes:
         record: as it is stored.
         number: its place in the upload, from 1.
-        headline: the risk band in words, or that there is no risk. They are of urgency: a band starts at a threshold that
-            finds so many cancers, which can lie below the average risk.
+        headline: the risk band in words, or that there is no risk. The words are of urgency: a band starts at the
+            threshold that finds so many cancers, which can lie below the average risk.
         next_step: what to do.
         times_average: the risk over that of an average lesion; None when abstained.
         similar: tested lesions with nearly this risk; None when abstained, or of a model tested on too few.
@@ -109,15 +109,14 @@ def view_lesion(record: PredictionRecord, number: int, model: ServedModel) -> Le
 
 
 def _figures(record: PredictionRecord) -> dict[str, float | None]:
-    """What is compared between a patient's lesions, each rising in a way that words can tell."""
+    """What is compared between a patient's lesions; each is higher where `_WORDS` says so."""
     size = record.metadata.get("clin_size_long_diam_mm")
-    colours = (record.red, record.green, record.blue)
-    red, green, blue = colours
+    odds = record.risk is not None and 0 < record.risk < 1
     return {
-        "risk": None if record.risk is None else math.log(record.risk / (1 - record.risk)) if 0 < record.risk < 1 else None,
+        "risk": math.log(record.risk / (1 - record.risk)) if odds else None,
         "score": record.image_score,
         "darkness": None if record.brightness is None else -record.brightness,
-        "redness": None if not red or not green or blue is None else math.log(red / green),
+        "redness": math.log(record.red / record.green) if record.red and record.green else None,
         "size": size if isinstance(size, int | float) else None,
     }
 

@@ -76,7 +76,9 @@ class PageGuard:
             caller = self._caller(session, PAGE_ROLES[page])
         except ApiError as error:
             if error.status == 401 and scope["method"] in ("GET", "HEAD"):
-                target = scope["path"] + ("?" + scope["query_string"].decode("latin-1") if scope["query_string"] else "")
+                target = scope["path"] + (
+                    "?" + scope["query_string"].decode("latin-1") if scope["query_string"] else ""
+                )
                 await RedirectResponse(f"{SIGN_IN_PATH}?next={quote(target, safe='')}", 303)(scope, receive, send)
             else:
                 await refuse(error, scope, receive, send)

@@ -9,8 +9,8 @@ from modeling.abstention import REASONS
 from modeling.tested_risks import TestedRisks
 from monitoring.prediction_log import PredictionRecord
 from serve.lesion_view import BANDS, REASON_ADVICE, standing_out, view_lesion
-from serve.settings import ModelReference
 from serve.served_model import ServedModel
+from serve.settings import ModelReference
 
 
 @pytest.fixture
@@ -52,7 +52,15 @@ def test_every_reason_of_the_model_has_its_advice():
 def patient(number: int = 12) -> list[PredictionRecord]:
     rng = np.random.default_rng(0)
     return [
-        record(risk=r, image_score=r, brightness=b, red=0.6 + e, green=0.5, blue=0.4, metadata={"clin_size_long_diam_mm": s})
+        record(
+            risk=r,
+            image_score=r,
+            brightness=b,
+            red=0.6 + e,
+            green=0.5,
+            blue=0.4,
+            metadata={"clin_size_long_diam_mm": s},
+        )
         for r, b, e, s in zip(
             rng.uniform(0.01, 0.03, number),
             rng.uniform(0.5, 0.6, number),

@@ -86,7 +86,9 @@ def test_a_wrong_key_stays_on_the_page_and_begins_no_session(guarded):
     assert guarded.client.get("/").status_code == 303
 
 
-@pytest.mark.parametrize("target", ["//evil.example/", "https://evil.example/", "/\\evil.example", "/v1/model", "x", ""])
+@pytest.mark.parametrize(
+    "target", ["//evil.example/", "https://evil.example/", "/\\evil.example", "/v1/model", "x", ""]
+)
 def test_nobody_is_sent_anywhere_else_after_signing_in(guarded, target):
     assert guarded.sign_in("caller", target).headers["location"] == "/"
 
@@ -102,7 +104,11 @@ def test_a_session_ends_with_its_key_and_its_form_is_refused(guarded):
     form = {"csrf_token": token_of(page.text), "key": "page-" + "x" * 22}
     files = {"images": ("a.jpg", lesion_image(1), "image/jpeg")}
     answer = guarded.client.post("/", data=form, files=files)
-    assert answer.status_code == 401 and "sign in" in answer.text and answer.headers["content-type"].startswith("text/html")
+    assert (
+        answer.status_code == 401
+        and "sign in" in answer.text
+        and answer.headers["content-type"].startswith("text/html")
+    )
 
 
 def test_signing_out_ends_the_session_of_this_browser(guarded):
@@ -146,7 +152,9 @@ def test_a_service_without_keys_still_takes_no_forms_of_other_sites(local):
     files = {"images": ("a.jpg", lesion_image(1), "image/jpeg")}
     key = {"key": "page-" + "x" * 22}
     assert local.client.post("/", data=key, files=files).status_code == 403
-    foreign = TestClient(local.api).post("/", data=key | {"csrf_token": token_of(local.client.get("/").text)}, files=files)
+    foreign = TestClient(local.api).post(
+        "/", data=key | {"csrf_token": token_of(local.client.get("/").text)}, files=files
+    )
     assert foreign.status_code == 403 and not local.rows()
 
 
