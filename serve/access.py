@@ -68,6 +68,7 @@ OPEN_PREFIX = "/static/"
 PAGE_ROLES: dict[str, Role | None] = {
     "": "caller",
     "results": "caller",
+    "review": "reviewer",
     "about": None,
     "sign-in": None,
     "sign-out": None,

@@ -41,6 +41,7 @@ from serve.record_routes import add_record_routes
 from serve.records import RecordService
 from serve.request_ids import RequestIds, show_ids_in_log
 from serve.retrain_routes import add_retrain_routes
+from serve.review_page import add_review_routes
 from serve.sampling import Sampler
 from serve.served_model import ServedModel
 from serve.sessions import Sessions
@@ -99,6 +100,7 @@ def build_api(backend: Backend) -> _Api:
     add_docs(api, with_keys=keys is not None)
     add_sign_in_routes(api, backend)
     add_analyse_routes(api, backend)
+    add_review_routes(api, backend)
     add_about_routes(api, backend)
     add_page_routes(api)
     return api

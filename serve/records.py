@@ -16,6 +16,7 @@ from store.erasure import Erasure, PatientErasure
 from store.labels import AddedLabel, NewLabel, ReaderAdjudicatesError, add_label
 from store.monitoring_summary import monitoring_summary
 from store.prediction_records import PredictionFilter, prediction_image, prediction_with_labels, predictions_page
+from store.review_queue import QueueCounts, QueueItem, patient_lesions, review_counts, review_queue
 from store.tables import now_us
 
 logger = logging.getLogger("ray.serve")
@@ -119,6 +120,18 @@ class RecordService:
             detail = f"prediction_id: {prediction_id!r} may be among the records that wait for the store"
             raise unavailable(detail, self._retry_after_s)
         raise not_found(f"prediction_id: {prediction_id!r} is not in the log: never made, or erased")
+
+    async def review_queue(self, reader: str, since_us: int, skipped: frozenset[str]) -> list[QueueItem]:
+        """See `review_queue`."""
+        return await self._call(review_queue, reader, since_us, skipped)
+
+    async def review_counts(self, reader: str, since_us: int) -> QueueCounts:
+        """See `review_counts`."""
+        return await self._call(review_counts, reader, since_us)
+
+    async def patient_lesions(self, prediction_id: str) -> list[dict[str, Any]]:
+        """See `patient_lesions`."""
+        return await self._call(patient_lesions, prediction_id)
 
     async def alarms(
         self,
