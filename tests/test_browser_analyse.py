@@ -192,7 +192,7 @@ def test_a_caller_signs_in_with_a_key_and_sees_no_one_else_s_results(local, brow
             tab.open(f"{url}/sign-in")
             tab.type(key, "#key")
             tab.press("Enter", 13, "\r")
-            tab.wait_for("!!document.getElementById('send')")
+            tab.wait_for("location.pathname === '/' && document.readyState === 'complete'")
             assert name in tab.text("header")
             if not address:
                 choose(tab, pictures[:1])
