@@ -51,6 +51,7 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
         """What a reader sees of a lesion: nothing that the model or another reader said."""
         row, _ = await records.record(prediction_id)
         metadata = {name: value for name, value in row["metadata"].items() if value is not None}
+        others = await records.patient_lesions(prediction_id)
         return {
             "id": prediction_id,
             "why": why,
@@ -58,9 +59,7 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
             "metadata": metadata,
             "institution": row["institution"],
             "device": row["device"],
-            "others": [
-                {**other, "received": _day(other["received_at"])} for other in await records.patient_lesions(prediction_id)
-            ],
+            "others": [{**other, "received": _day(other["received_at"])} for other in others],
         }
 
     async def _said(prediction_id: str, reader: str) -> dict[str, Any] | None:

@@ -36,8 +36,8 @@ class QueueCounts(NamedTuple):
 
 
 def review_queue(store: Store, reader: str, since_us: int, skipped: frozenset[str] = frozenset()) -> list[QueueItem]:
-    """What this reader has not read and should: second readings behind open missed-cancer alarms, disagreements, what the
-    model gave no answer for, then the rest, least certain first and, of equally certain ones, oldest first.
+    """What this reader has not read and should: second readings behind open missed-cancer alarms, disagreements, what
+    the model gave no answer for, then the rest, least certain first and, of equally certain ones, oldest first.
 
     Uncertain is what lies near the threshold, by the ratio of risk and threshold (both are small, so this orders as log
     odds do).
@@ -103,15 +103,11 @@ def _queries(reader: str, since_us: int) -> dict[Why, sql.Select]:
         .subquery()
     )
     unread = newest.c
-    risk, threshold = (
-        sql.case((value < _LEAST, _LEAST), else_=value) for value in (unread.risk, unread.threshold)
-    )
+    risk, threshold = (sql.case((value < _LEAST, _LEAST), else_=value) for value in (unread.risk, unread.threshold))
     distance = sql.case((risk > threshold, risk / threshold), else_=threshold / risk)
     return {
         "second_reading": few.where(table.id.in_(missed), table.id.in_(predictions_in_state("single"))),
         "adjudication": few.where(table.id.in_(predictions_in_state("disagreed"))),
         "abstained": sql.select(unread.id).where(unread.abstained).order_by(unread.received_at, unread.id),
-        "routine": sql.select(unread.id)
-        .where(~unread.abstained)
-        .order_by(distance, unread.received_at, unread.id),
+        "routine": sql.select(unread.id).where(~unread.abstained).order_by(distance, unread.received_at, unread.id),
     }

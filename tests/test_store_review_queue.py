@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sql
 
+from store.database import open_store
 from store.labels import NewLabel, add_label
 from store.review_queue import QueueItem, patient_lesions, review_counts, review_queue
 from store.tables import images, predictions
@@ -14,14 +15,18 @@ HASH = "a" * 64
 
 
 @pytest.fixture
-def log(store):
+def log(any_store_url):
+    """A store of each kind, with one picture."""
+    store = open_store(any_store_url)
     with store.writing() as connection:
-        connection.execute(sql.insert(images).values(hash=HASH, suffix=".jpg", bytes=1, stored_at=0))
-    return store
+        connection.execute(sql.insert(images).values(hash=HASH, suffix=".jpg", num_bytes=1, stored_at=0))
+    yield store
+    store.close()
 
 
 def put(store, name: str, **fields) -> None:
-    row = prediction_row(**{"id": name, "image_hash": HASH, "threshold": 0.02, "risk": 0.02, "received_at": 100} | fields)
+    values = {"image_hash": HASH, "threshold": 0.02, "risk": 0.02, "received_at": 100} | fields
+    row = prediction_row(name, **values)
     with store.writing() as connection:
         connection.execute(sql.insert(predictions).values(**row))
 
