@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from serve.access import caller_of
+from serve.analyse_fields import form_fields
 from serve.backend import Backend
 from serve.errors import invalid_field
 from serve.label_routes import MAX_COMMENT_LENGTH
@@ -50,13 +51,17 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
     async def _lesion(prediction_id: str, why: str) -> dict[str, Any]:
         """What a reader sees of a lesion: nothing that the model or another reader said."""
         row, _ = await records.record(prediction_id)
-        metadata = {name: value for name, value in row["metadata"].items() if value is not None}
+        known = {field.column: f"{field.label} {field.unit}".strip() for field in form_fields(service.model.task)}
+        # What people can say of a lesion; a photograph system's dozens of figures lead nobody.
+        metadata = {label: row["metadata"].get(name) for name, label in known.items()}
         others = await records.patient_lesions(prediction_id)
         return {
             "id": prediction_id,
             "why": why,
             "received": _day(row["received_at"]),
-            "metadata": metadata,
+            "metadata": {
+                label: f"{value:g}" if isinstance(value, float) else value for label, value in metadata.items()
+            },
             "institution": row["institution"],
             "device": row["device"],
             "others": [{**other, "received": _day(other["received_at"])} for other in others],
