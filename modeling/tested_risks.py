@@ -55,12 +55,13 @@ class TestedRisks:
         self._malignant = np.asarray(malignant, bool)[known][order]
 
     def similar(self, risk: float, number: int = NUM_NEAREST) -> SimilarRisks | None:
-        """Those next to `risk` in log-odds; None with fewer than `number` lesions altogether."""
+        """Those next to `risk` in log-odds: `number`, and all that are as far away as the last of them; None with fewer
+        lesions altogether."""
         if len(self._logits) < number:
             return None
         distance = np.abs(self._logits - _logit(np.array(risk)))
-        nearest = np.argsort(distance, kind="stable")[:number]
-        malignant = int(self._malignant[nearest].sum())
+        nearest = distance <= np.partition(distance, number - 1)[number - 1]
+        number, malignant = int(nearest.sum()), int(self._malignant[nearest].sum())
         return SimilarRisks(number, malignant, *wilson_interval(malignant / number, number))
 
 

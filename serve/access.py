@@ -84,6 +84,8 @@ _PATTERNS = [
 
 def page_of(path: str) -> str | None:
     """The page with sessions that a path belongs to, as in `PAGE_ROLES`; None for any other path."""
+    # Starlette's routes overlook a line break at the end.
+    path = path.removesuffix("\n")
     page = path[1:].partition("/")[0]
     return page if path.startswith("/") and page in PAGE_ROLES and (page or path == "/") else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 import re
@@ -24,13 +23,15 @@ from serve.errors import ApiError, invalid_field
 from serve.lesion import LesionRequest, Origin, parse_key, parse_metadata, parse_text
 from serve.lesion_view import LesionView, standing_out, view_lesion
 from serve.page_forms import read_form, text_field
-from serve.page_pictures import page_jpeg
+from serve.page_pictures import PagePictures, picture_headers, unchanged
 from serve.page_templates import render
 from serve.prediction_service import Outcome
 from serve.upload import check_batch
 
 _KEY = re.compile(r"page-[A-Za-z0-9_-]{22}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,3}")
 _MAX_NAME = 80
+_NO_RECORD = "no answer is stored: it was refused, or erased"
 
 
 def new_key() -> str:
@@ -46,7 +47,7 @@ def ranked(views: Sequence[LesionView]) -> list[LesionView]:
 def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
     """`GET` and `POST /`, `GET /results/{key}`, its `.csv`, and the pictures of `GET /results/{id}/...`."""
     service, records = backend.service, backend.records
-    samples = load_samples()
+    samples, pictures = load_samples(), PagePictures(service.settings.retry_after_s)
 
     def form_page(request: Request, status: int = 200, **given: object) -> Response:
         task = service.model.task
@@ -74,23 +75,25 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
             raise invalid_field(f"key: {key[:60]!r}; expected the form's own, load the page again")
         files = [item for item in form.getlist("images") if isinstance(item, UploadFile) and item.filename]
         fields = form_fields(service.model.task)
-        entered = {field.column: text_field(form, field.column) for field in fields}
+        entered = {
+            name: text_field(form, name) for name in (*(field.column for field in fields), "patient_id", "sample")
+        }
         try:
-            pictures = [(str(item.filename), await item.read()) for item in files]
+            chosen = [(str(item.filename), await item.read()) for item in files]
             sample = samples.get(text_field(form, "sample"))
             metadata: dict[str, float | str] = read_fields(form, fields)
-            if not pictures and sample is not None:
-                pictures = [(sample.title, sample.picture)]
+            if not chosen and sample is not None:
+                chosen = [(sample.title, sample.picture)]
                 known = {field.column for field in fields}
                 metadata = {name: value for name, value in sample.metadata.items() if name in known} | metadata
-            if not pictures:
+            if not chosen:
                 raise invalid_field("pictures: none was chosen; choose at least one picture, or a sample")
-            outcomes = await _score(request, pictures, metadata, text_field(form, "patient_id"), key)
+            outcomes = await _score(request, chosen, metadata, text_field(form, "patient_id"), key)
         except ApiError as error:
             if error.status not in (413, 415, 422):
                 raise
             return form_page(request, error.status, problem=error.detail, values=entered)
-        names = [name[:_MAX_NAME] for name, _ in pictures]
+        names = [name[:_MAX_NAME] for name, _ in chosen]
         refused = [
             (name, outcome.detail)
             for name, outcome in zip(names, outcomes, strict=True)
@@ -99,22 +102,22 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
         stored = {i: outcome[0] for i, outcome in enumerate(outcomes) if not isinstance(outcome, ApiError)}
         if not stored:
             return form_page(request, 422, problem="; ".join(detail for _, detail in refused), values=entered)
-        return _result(request, key, len(pictures), stored, dict(enumerate(names)), refused)
+        return _result(request, key, len(chosen), stored, dict(enumerate(names)), refused)
 
     async def _score(
-        request: Request, pictures: Sequence[tuple[str, bytes]], metadata: dict, patient_id: str, key: str
+        request: Request, chosen: Sequence[tuple[str, bytes]], metadata: dict, patient_id: str, key: str
     ) -> list[Outcome]:
         model = service.model
-        check_batch([data for _, data in pictures], service.limits)
+        check_batch([data for _, data in chosen], service.limits)
         cleaned = parse_metadata(metadata or None, model.task)
-        compared = len(pictures) > 1 and "patient" in model.contexts
+        compared = len(chosen) > 1 and "patient" in model.contexts
         named = parse_text(patient_id, "patient_id")
         # Lesions are compared under a patient; whoever gave none gets one that nobody else has.
-        origin = Origin(patient_id=named or (key if len(pictures) > 1 else None))
+        origin = Origin(patient_id=named or (key if len(chosen) > 1 else None))
         caller, came = caller_of(request).name, received_at(request)
         lesions = [
             LesionRequest(data, cleaned, origin, parse_key(f"{key}/{index}"), caller, received_at=came)
-            for index, (_, data) in enumerate(pictures)
+            for index, (_, data) in enumerate(chosen)
         ]
         return await service.predict(lesions, "/", patient=compared)
 
@@ -144,25 +147,25 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
             malignant=model.task.malignant,
         )
 
-    async def _stored(request: Request, key: str) -> tuple[int, dict[int, PredictionRecord]]:
-        number = request.query_params.get("n", "1")
-        if not _KEY.fullmatch(key) or not number.isdecimal() or not 1 <= int(number) <= service.limits.max_batch_images:
+    async def _stored(request: Request) -> tuple[str, int, dict[int, PredictionRecord], list[tuple[str, str]]]:
+        """Key, number of pictures, the records by index, and (picture, why) for those without one."""
+        key, number = request.path_params["key"], request.query_params.get("n", "1")
+        if not _KEY.fullmatch(key) or not _NUMBER.fullmatch(number) or int(number) > service.limits.max_batch_images:
             raise ApiError(404, "not_found", "results: there are none at this address")
         keys = [f"{key}/{index}" for index in range(int(number))]
-        found = await service.find(caller_of(request).name, keys)
-        stored = {index: record for index, record in enumerate(found) if record is not None}
+        rows = enumerate(await records.of_keys(caller_of(request).name, keys))
+        stored = {index: PredictionRecord.from_row(row) for index, row in rows if row is not None}
         if not stored:
             raise ApiError(404, "not_found", "results: there are none at this address, or they were erased")
-        return int(number), stored
+        missing = [index for index in range(int(number)) if index not in stored]
+        return key, int(number), stored, [(f"Picture {index + 1}", _NO_RECORD) for index in missing]
 
     async def results(request: Request) -> Response:
-        key = request.path_params["key"]
-        number, stored = await _stored(request, key)
-        return _result(request, key, number, stored, {}, [])
+        key, number, stored, missing = await _stored(request)
+        return _result(request, key, number, stored, {}, missing)
 
     async def table(request: Request) -> Response:
-        key = request.path_params["key"]
-        _, stored = await _stored(request, key)
+        key, _, stored, missing = await _stored(request)
         views = ranked([view_lesion(record, index + 1, service.model) for index, record in stored.items()])
         why = standing_out([view.record for view in views])
         text = io.StringIO()
@@ -172,20 +175,37 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
             record = view.record
             shown = [record.risk, record.band, record.abstained, "; ".join(record.reasons), "; ".join(differs)]
             writer.writerow([rank if record.risk is not None else "", view.number, record.id, *shown])
+        for name, why_not in missing:
+            writer.writerow(["", name.removeprefix("Picture "), "", "", "", "", why_not, ""])
         headers = {"Content-Disposition": f'attachment; filename="{key}.csv"'}
         return Response(text.getvalue(), media_type="text/csv", headers=headers)
 
-    async def _picture(request: Request) -> bytes:
+    async def _name(request: Request) -> tuple[str, str, str]:
+        """Id of the request's record, if it is for this caller to see, and the name and suffix of its picture."""
         prediction_id = request.path_params["prediction_id"]
         row, _ = await records.record(prediction_id)
         check_owner(request, row["caller"], f"prediction_id {prediction_id!r}", row["role"] == "shadow")
-        return await records.image(prediction_id, *await records.image_name(prediction_id))
+        return prediction_id, *await records.image_name(prediction_id)
 
     async def picture(request: Request) -> Response:
-        return await _shown(await _picture(request))
+        prediction_id, name, suffix = await _name(request)
+        if (known := unchanged(request, name)) is not None:
+            return known
+        async with pictures.turn():
+            shown = await pictures.jpeg(await records.image(prediction_id, name, suffix))
+        return Response(shown, media_type="image/jpeg", headers=picture_headers(name))
 
     async def evidence(request: Request) -> Response:
-        return await _shown((await service.explain(await _picture(request), "overlay", None)).png)
+        prediction_id, name, suffix = await _name(request)
+        # Of the model of now, whichever the answer came from.
+        tag = f"{name}-{service.model.digest}"
+        if (known := unchanged(request, tag)) is not None:
+            return known
+        async with pictures.turn():
+            data = await records.image(prediction_id, name, suffix)
+            explained = await service.explain(data, "overlay", None, stored=True)
+            shown = await pictures.jpeg(explained.png)
+        return Response(shown, media_type="image/jpeg", headers=picture_headers(f"{name}-{explained.digest}"))
 
     api.add_route("/", show, ["GET"], include_in_schema=False)
     api.add_route("/", analyse, ["POST"], include_in_schema=False)
@@ -193,7 +213,3 @@ def add_analyse_routes(api: FastAPI, backend: Backend) -> None:
     api.add_route("/results/{key}/table.csv", table, ["GET"], include_in_schema=False)
     api.add_route("/results/{prediction_id}/picture.jpg", picture, ["GET"], include_in_schema=False)
     api.add_route("/results/{prediction_id}/evidence.jpg", evidence, ["GET"], include_in_schema=False)
-
-
-async def _shown(data: bytes) -> Response:
-    return Response(await asyncio.to_thread(page_jpeg, data), media_type="image/jpeg")

@@ -72,8 +72,8 @@ class Explanation:
     reasons: tuple[str, ...]
 
 
-def open_picture(data: bytes, input_size: int, limits: UploadLimits) -> Picture:
-    """Checks and decodes an upload as `prepare` does.
+def open_picture(data: bytes, input_size: int, limits: UploadLimits | None) -> Picture:
+    """Checks and decodes an upload as `prepare` does; without limits, one that was checked when it was uploaded.
 
     Raises:
         ApiError: 413, 415 or 422, see `decode_upload`.

@@ -82,7 +82,10 @@ class LesionView:
     def times(self) -> str:
         """`times_average` for people: two digits, and no more than what they mean."""
         assert self.times_average is not None
-        return "less than 0.1" if self.times_average < 0.1 else f"{self.times_average:.2g}"
+        if self.times_average < 0.1:
+            return "less than 0.1"
+        rounded = float(f"{self.times_average:.2g}")
+        return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
 
     @property
     def probabilities(self) -> list[tuple[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +19,7 @@ from serve.label_routes import MAX_COMMENT_LENGTH
 from serve.lesion import parse_text
 from serve.lesion_view import BANDS
 from serve.page_forms import read_form, text_field
-from serve.page_pictures import page_jpeg
+from serve.page_pictures import PagePictures, picture_headers, unchanged
 from serve.page_templates import render
 from store.label_consensus import consensus
 from store.labels import NewLabel
@@ -40,6 +39,7 @@ _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 def add_review_routes(api: FastAPI, backend: Backend) -> None:
     """`GET` and `POST /review`, and the pictures of `GET /review/{id}/...`."""
     service, records = backend.service, backend.records
+    pictures = PagePictures(service.settings.retry_after_s)
 
     def _since() -> int:
         return now_us() - DAYS * _DAY_US
@@ -141,8 +141,13 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
     async def picture(request: Request) -> Response:
         prediction_id = request.path_params["prediction_id"]
         side = _SMALL if request.path_params["name"] == "small.jpg" else _LARGE
-        data = await records.image(prediction_id, *await records.image_name(prediction_id))
-        return Response(await asyncio.to_thread(page_jpeg, data, side), media_type="image/jpeg")
+        name, suffix = await records.image_name(prediction_id)
+        tag = f"{name}-{side}"
+        if (known := unchanged(request, tag)) is not None:
+            return known
+        async with pictures.turn():
+            shown = await pictures.jpeg(await records.image(prediction_id, name, suffix), side)
+        return Response(shown, media_type="image/jpeg", headers=picture_headers(tag))
 
     api.add_route(REVIEW_PATH, show, ["GET"], include_in_schema=False)
     api.add_route(REVIEW_PATH, label, ["POST"], include_in_schema=False)

@@ -1,7 +1,7 @@
 """Sessions of the web pages: a signed cookie that names the API key someone signed in with, and the token against forms
 of other sites.
 
-Nothing is stored: any replica verifies a cookie with a key derived (HMAC-SHA256) from the service's patient secret. A
+Nothing is stored: any replica verifies a cookie with a key derived (HMAC-SHA512) from the service's patient secret. A
 session ends with its time, with its API key, or with the cookie.
 """
 
@@ -47,9 +47,11 @@ class Sessions:
     """
 
     def __init__(self, secret: bytes, lifetime_s: int = SESSION_S):
-        # Keys of their own: neither a pseudonym nor a token can be taken for a signature.
-        self._signing = hmac.digest(secret, b"dermray page session", "sha256")
-        self._forms = hmac.digest(secret, b"dermray page form", "sha256")
+        if not secret:
+            raise ValueError("the secret behind sessions is empty; expected the service's patient key")
+        # Not HMAC-SHA256 of a text: that is a patient's pseudonym, which callers see, and they choose patient ids.
+        root = hmac.digest(secret, b"\0dermray page sessions", "sha512")
+        self._signing, self._forms = root[:32], root[32:]
         self.lifetime_s = lifetime_s
 
     def begin(self, key_id: str | None, now_s: float) -> Session:

@@ -155,17 +155,49 @@ def test_a_click_on_the_figure_chooses_the_body_site_and_the_choice_marks_the_fi
         assert tab.evaluate(marked) == ["head/neck"] and tab.problems == []
 
 
-def test_what_is_wrong_with_a_form_is_said_in_it_and_what_was_typed_stays(local, browser, tmp_path):
-    text = tmp_path / "notes.jpg"
-    text.write_bytes(b"not a picture")
+def test_what_is_wrong_with_a_form_is_said_in_it_and_everything_that_was_entered_stays(local, browser, pictures):
     with http_server(local) as url:
         tab = browser.new_tab()
         tab.open(f"{url}/")
-        choose(tab, [str(text)])
-        tab.type("54", "[name=age_approx]")
+        choose(tab, pictures[1:2])
+        tab.type("500", "[name=age_approx]")
+        tab.type("P-77", "[name=patient_id]")
+        # Past the browser's own check, which scripts and other clients do not have.
+        tab.evaluate("document.getElementById('analyse').noValidate = true")
         tab.click("#send")
-        tab.wait_for("document.querySelector('.problem')?.innerText.includes('not a JPEG, PNG or WebP file')")
-        assert tab.evaluate("document.querySelector('[name=age_approx]').value") == "54" and local.rows() == []
+        tab.wait_for("document.getElementById('form-problem').innerText.includes('age_approx')")
+        assert local.rows() == [] and tab.evaluate("document.getElementById('images').files.length") == 1
+        tab.evaluate("document.querySelector('[name=age_approx]').value = '50'")
+        tab.click("#send")
+        tab.wait_for(RESULT)
+        (row,) = local.rows()
+        assert row["patient_hmac"] is not None and row["metadata"]["age_approx"] == 50
+
+
+def test_a_form_whose_session_is_over_says_so_and_keeps_its_pictures(local, browser, pictures):
+    with http_server(local) as url:
+        tab = browser.new_tab()
+        tab.open(f"{url}/")
+        choose(tab, pictures[1:2])
+        tab.send("Network.clearBrowserCookies")
+        tab.click("#send")
+        tab.wait_for("document.getElementById('form-problem').innerText.includes('load the page again')")
+        assert tab.evaluate("document.getElementById('images').files.length") == 1 and local.rows() == []
+
+
+def test_the_skip_link_moves_the_focus_and_nothing_else(local, browser, pictures):
+    with http_server(local) as url:
+        tab = browser.new_tab()
+        tab.open(f"{url}/")
+        choose(tab, pictures[:1])
+        tab.evaluate("(window.same = true, document.querySelector('.skip').focus())")
+        tab.press("Enter", 13, "\r")
+        tab.wait_for("location.hash === '#main' && document.activeElement.id === 'main'")
+        assert tab.evaluate("window.same && document.getElementById('images').files.length") == 1
+        tab.evaluate("document.getElementById('send').click()")
+        tab.wait_for(RESULT)
+        tab.evaluate("history.back()")
+        tab.wait_for("!!document.getElementById('send')")
 
 
 def test_an_upload_works_without_javascript(local, browser, pictures):

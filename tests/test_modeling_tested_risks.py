@@ -33,6 +33,13 @@ def test_closeness_is_in_log_odds_so_that_small_risks_are_told_apart():
     assert (tested.similar(0.001).malignant, tested.similar(0.01).malignant) == (0, 100)
 
 
+def test_lesions_of_one_risk_count_together_whatever_their_order():
+    malignant = np.arange(1000) < 100
+    for order in (malignant, malignant[::-1]):
+        similar = TestedRisks(np.full(1000, 0.2), order).similar(0.3)
+        assert (similar.number, similar.malignant) == (1000, 100)
+
+
 def test_too_few_tested_lesions_say_nothing_and_those_without_a_risk_do_not_count():
     risks = np.concatenate([np.full(99, 0.1), [np.nan] * 50])
     assert TestedRisks(risks, np.zeros(149, bool)).similar(0.1) is None

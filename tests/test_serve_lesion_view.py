@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,9 @@ def test_a_risk_is_told_as_a_multiple_of_the_average_and_in_counted_lesions(mode
     assert (view.times, view.headline, view.next_step) == ("5", *BANDS["high"])
     assert (view.similar.number, view.similar.malignant) == (100, 0)
     assert view_lesion(record(risk=0.001), 1, model).times == "less than 0.1"
+    rare = dataclasses.replace(model, average_risk=0.0005)
+    times = [view_lesion(record(risk=risk), 1, rare).times for risk in (0.0006, 0.004976, 0.06, 0.51)]
+    assert times == ["1.2", "10", "120", "1,000"]
     assert view_lesion(record(risk=0.9), 1, model).similar.malignant == 100
 
 

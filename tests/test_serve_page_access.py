@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from serve.access import PAGE_ROLES, page_of
 from serve.ingress import build_api
 from serve.key_ring import KeyRing
+from serve.rate_limit import TokenBuckets
 from serve.sessions import COOKIE
 from store.api_keys import create_api_key, list_api_keys, revoke_api_key
 from tests.bundle_factory import LocalFusion, LocalScorer, backend, lesion_image, served_bundle
@@ -163,6 +164,32 @@ def test_every_page_with_a_session_has_a_role_and_no_other_path_is_a_page(local)
         assert page_of(path) in PAGE_ROLES
     for path in ("/v1/predict", "/monitoring", "/static/x.css", "//", "/resultsx", "/v1/../about", "//about"):
         assert page_of(path) is None, path
+
+
+@pytest.mark.parametrize("other", ['prefs={"a":1}', "foo[1]=2", "a b=c", 'theme="dark mode', "=", "\xe9=1"])
+def test_cookies_of_other_services_of_the_host_do_not_end_a_session(guarded, other):
+    own = guarded.sign_in("caller").headers["set-cookie"].partition(";")[0]
+    guarded.client.cookies.clear()
+    for cookies in (f"{other}; {own}", f"{own}; {other}"):
+        assert guarded.client.get("/", headers={"Cookie": cookies.encode("latin-1")}).status_code == 200
+
+
+def test_a_page_s_pictures_do_not_use_up_its_reader_s_rate(local, nodes):
+    guarded = Guarded(local)
+    limited = backend(local.service, local.log, keys=guarded.ring, buckets=TokenBuckets(0.001, 3))
+    guarded.client = TestClient(build_api(limited), follow_redirects=False)
+    with guarded.client:
+        guarded.sign_in("caller")
+        codes = [guarded.client.get(f"/results/{'0' * 32}/picture.jpg").status_code for _ in range(20)]
+        assert set(codes) == {404}
+        assert [guarded.client.get("/").status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert guarded.client.get("/about").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/about%0A", "/%0A", "/sign-in%0A", "/results/x%0A"])
+def test_a_path_with_a_line_break_is_guarded_as_the_page_that_answers_it(guarded, local, path):
+    assert local.client.get(path, follow_redirects=False).status_code in (200, 303, 404)
+    assert guarded.client.get(path).status_code == (200 if "about" in path or "sign" in path else 303)
 
 
 def test_a_damaged_cookie_is_as_good_as_none(local):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from monitoring.prediction_log import patient_hmac
 from serve.sessions import Sessions
 
 NOW = 1_800_000_000.0
@@ -29,6 +30,16 @@ def test_a_cookie_that_was_changed_in_any_place_is_no_session():
 @pytest.mark.parametrize("cookie", [None, "", ".", "....", "é.1.2.3", "-.1.a.", "x" * 10_000])
 def test_what_is_no_cookie_of_ours_is_no_session(cookie):
     assert SESSIONS.read(cookie, NOW) is None
+
+
+def test_no_pseudonym_of_a_patient_is_a_key_of_ours():
+    """Callers choose patient ids and read the pseudonyms, which are made with the same secret."""
+    secret = b"a secret"
+    keys = {Sessions(secret)._signing.hex(), Sessions(secret)._forms.hex()}
+    for name in ("dermray page session", "dermray page sessions", "\0dermray page sessions", ""):
+        assert patient_hmac(name, secret) not in keys
+    with pytest.raises(ValueError, match="secret behind sessions is empty"):
+        Sessions(b"")
 
 
 def test_another_service_s_cookie_is_no_session_and_every_session_has_a_token_of_its_own():

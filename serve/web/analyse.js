@@ -84,6 +84,7 @@ function setUpProgress(form) {
     bar.hidden = false;
     bar.removeAttribute("value");
     text.textContent = "Sending";
+    document.getElementById("form-problem").textContent = "";
   });
   form.addEventListener("htmx:xhr:progress", (event) => {
     if (timer || !event.detail.lengthComputable || !event.detail.total) return;
@@ -101,8 +102,25 @@ function setUpProgress(form) {
     clearInterval(timer);
     timer = 0;
     bar.hidden = true;
-    text.textContent = event.detail.failed && !event.detail.xhr.status ? "The service does not answer. Try again." : "";
+    text.textContent = "";
+    if (!event.detail.xhr.status) document.getElementById("form-problem").textContent = "The service does not answer. Try again.";
   });
+}
+
+// A refused form stays as it is, with the pictures that were chosen, and says why; so it does when something answers
+// that is no page of ours.
+function keepForm(event) {
+  const answer = new DOMParser().parseFromString(event.detail.serverResponse ?? "", "text/html");
+  const { status } = event.detail.xhr;
+  if (status < 400 && answer.getElementById("main")) return;
+  event.detail.shouldSwap = false;
+  const problem = answer.querySelector(".problem")?.textContent.trim();
+  document.getElementById("form-problem").textContent = problem || `The service did not answer as expected (${status}). Try again.`;
+  for (const name of ["csrf_token", "key"]) {
+    const fresh = answer.querySelector(`#analyse [name=${name}]`);
+    if (fresh) document.querySelector(`#analyse [name=${name}]`).value = fresh.value;
+  }
+  document.getElementById("form-problem").scrollIntoView({ block: "center" });
 }
 
 function setUp() {
@@ -111,11 +129,17 @@ function setUp() {
   whenShown("#opacity", setUpSlider);
   whenShown("#analyse", setUpProgress);
   whenShown("[data-address]", (result) => {
-    if (location.pathname + location.search !== result.dataset.address) history.pushState({}, "", result.dataset.address);
+    shown = result.dataset.address;
+    if (location.pathname + location.search !== shown) history.pushState({}, "", shown);
   });
 }
 
-addEventListener("popstate", () => location.reload());
+// A fragment, such as that of the skip link, is the same page.
+let shown = location.pathname + location.search;
+addEventListener("popstate", () => {
+  if (location.pathname + location.search !== shown) location.reload();
+});
+document.addEventListener("htmx:beforeSwap", keepForm);
 document.addEventListener("DOMContentLoaded", setUp);
 document.addEventListener("htmx:afterSwap", () => {
   setUp();
