@@ -80,7 +80,7 @@ def write_sample(
         raise ValueError(f"{len(latents.target)} lesions; ids have room for {MAX_LESIONS}")
     table = build_metadata(latents, rng, f"{seed:04d}", shift.age_years)
     sizes = random_size(rng, len(table))
-    shown = _Shown(latents, table, shift)
+    shown = Shown(latents, table, shift)
 
     def picture(row: int) -> bytes:
         # A generator per row: the picture does not depend on which thread paints it, or after which other.
@@ -134,7 +134,7 @@ def write_images(
             on_progress(start + len(part), len(rows))
 
 
-class _Shown:
+class Shown:
     """What the pictures show: the veil above all, and what the columns measure, less exactly."""
 
     def __init__(self, latents: Latents, table: pd.DataFrame, shift: Shift):

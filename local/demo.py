@@ -267,6 +267,7 @@ def run_demo(home: Path) -> None:
     say(f"""
 SYNTHETIC data: these pictures and figures say nothing about real lesions. Not a medical device.
 
+pages      {url}/
 service    {url}/docs
 dashboard  {cluster.dashboard_url}  (token: cat {cluster.client_environment()["RAY_AUTH_TOKEN_PATH"]})
 MLflow     .venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db --port 5000

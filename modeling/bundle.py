@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from modeling.abstention import AbstentionRule
     from modeling.metadata_fusion import ContextModel
+    from modeling.tested_risks import TestedRisks
 
 __all__ = ["Bundle", "BundleManifest", "default_cache_dir", "load_bundle", "write_manifest"]
 
@@ -136,6 +137,19 @@ class Bundle:
         import pandas
 
         return pandas.read_parquet(self.directory / REFERENCE)
+
+    def tested_risks(self) -> dict[str, TestedRisks]:
+        """Risks of the gate split's lesions, and what they were, by context; without pandas."""
+        from pyarrow import parquet
+
+        from modeling.tested_risks import TestedRisks
+
+        file = self.directory / REFERENCE
+        columns = {f"risk_{context}": context for context in self.manifest.contexts}
+        known = [name for name in columns if name in parquet.read_schema(file).names]
+        table = parquet.read_table(file, columns=["label", *known])
+        malignant = np.isin(table["label"].to_numpy(), self.task.malignant)
+        return {columns[name]: TestedRisks(table[name].to_numpy(), malignant) for name in known}
 
     def metrics(self, context: str) -> dict[str, Any]:
         """The context's metrics.json; ValueError for a context the bundle lacks."""

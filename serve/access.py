@@ -58,13 +58,21 @@ OPEN_PATHS = frozenset(
         "/v1/model",
         "/docs",
         "/openapi.json",
-        "/",
-        "/review",
         "/monitoring",
     }
 )
 # The pages' scripts and style sheets.
 OPEN_PREFIX = "/static/"
+# Least role by the first part of the path of a page with sessions, which `PageGuard` lets in; "" is `/` itself. None:
+# whoever comes.
+PAGE_ROLES: dict[str, Role | None] = {
+    "": "caller",
+    "results": "caller",
+    "review": "reviewer",
+    "about": None,
+    "sign-in": None,
+    "sign-out": None,
+}
 
 _LITERAL = {place: role for place, role in LEAST_ROLE.items() if "{}" not in place[1]}
 _PATTERNS = [
@@ -74,9 +82,17 @@ _PATTERNS = [
 ]
 
 
+def page_of(path: str) -> str | None:
+    """The page with sessions that a path belongs to, as in `PAGE_ROLES`; None for any other path."""
+    # Starlette's routes overlook a line break at the end.
+    path = path.removesuffix("\n")
+    page = path[1:].partition("/")[0]
+    return page if path.startswith("/") and page in PAGE_ROLES and (page or path == "/") else None
+
+
 def is_open(path: str) -> bool:
-    """Whether the path asks no one for a key."""
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+    """Whether the path asks no one for a key in a header."""
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX) or page_of(path) is not None
 
 
 def least_role(method: str, path: str) -> Role | None:

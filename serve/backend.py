@@ -11,6 +11,7 @@ from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
 from serve.records import RecordService
 from serve.sampling import Sampler
+from serve.sessions import Sessions
 from serve.submission_queue import SubmissionQueue
 
 
@@ -23,6 +24,7 @@ class Backend:
         log: the prediction log, with its store.
         records: what people read and note in it.
         submissions: what is scored later.
+        sessions: of the web pages.
         keys: who may call; None leaves the service open.
         buckets: rate limit per key.
         metrics: what is told of every request.
@@ -34,6 +36,7 @@ class Backend:
     log: PredictionLog
     records: RecordService
     submissions: SubmissionQueue
+    sessions: Sessions
     keys: KeyRing | None = None
     buckets: TokenBuckets | None = None
     metrics: Recorder = field(default_factory=NoMetrics)

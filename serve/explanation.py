@@ -72,19 +72,20 @@ class Explanation:
     reasons: tuple[str, ...]
 
 
-def open_picture(data: bytes, input_size: int, limits: UploadLimits) -> Picture:
-    """Checks and decodes an upload as `prepare` does.
+def open_picture(data: bytes, input_size: int, limits: UploadLimits | None) -> Picture:
+    """Checks and decodes an upload as `prepare` does; without limits, one that was checked when it was uploaded.
 
     Raises:
         ApiError: 413, 415 or 422, see `decode_upload`.
     """
     image = decode_upload(data, limits)
-    return Picture(_shrink(image), resize(image, input_size), image_quality(image))
+    return Picture(shrink(image), resize(image, input_size), image_quality(image))
 
 
-def _shrink(image: np.ndarray) -> np.ndarray:
+def shrink(image: np.ndarray, side: int = MAX_SIDE) -> np.ndarray:
+    """A picture (H, W, 3) whose longest side has at most so many pixels; a smaller one stays as it is."""
     height, width = image.shape[:2]
-    scale = MAX_SIDE / max(height, width)
+    scale = side / max(height, width)
     if scale >= 1:
         return image
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -16,6 +16,8 @@ from serve.front_door import Door
 from serve.gauges import watch_admission
 from serve.http_errors import Unforeseen
 from serve.middleware import BodyLimit, NoticeHeader
+from serve.page_access import PageGuard
+from serve.page_problems import PageProblems
 from serve.problem_counter import ProblemCounter
 from serve.read_deadline import ReadDeadline
 from serve.replays import Replays
@@ -36,6 +38,7 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
         "/v1/patients/triage": limits.max_batch_bytes,
         "/v1/explain": limits.max_image_bytes,
         "/v1/submissions": limits.max_image_bytes,
+        "/": limits.max_batch_bytes,
     }
     largest = {path: limit + _FORM_BYTES for path, limit in bodies.items()}
     settings = service.settings.admission
@@ -52,8 +55,9 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
         app = Replays(app, service.settings.accept_replays)
         if backend.keys is not None:
             app = AccessGuard(app, backend.keys, backend.buckets)
+        app = PageGuard(app, backend.sessions, backend.keys, backend.buckets)
         app = ArrivalTime(Unforeseen(NoticeHeader(app, NOTICE_HEADER, lambda: service.model.notice)))
-        app = SecurityHeaders(app, {DOCS_PATH: DOCS_POLICY})
-        return ProblemCounter(app, backend.metrics, routes)
+        app = PageProblems(ProblemCounter(app, backend.metrics, routes), service)
+        return SecurityHeaders(app, {DOCS_PATH: DOCS_POLICY})
 
     return Door(guard, largest)

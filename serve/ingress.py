@@ -11,7 +11,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from serve.about_page import add_about_routes
 from serve.alarm_routes import add_alarm_routes
+from serve.analyse_page import add_analyse_routes
 from serve.api import PROBLEMS, Health, ModelCard
 from serve.api_docs import add_docs
 from serve.backend import Backend
@@ -39,11 +41,14 @@ from serve.record_routes import add_record_routes
 from serve.records import RecordService
 from serve.request_ids import RequestIds, show_ids_in_log
 from serve.retrain_routes import add_retrain_routes
+from serve.review_page import add_review_routes
 from serve.sampling import Sampler
 from serve.served_model import ServedModel
+from serve.sessions import Sessions
 from serve.settings import ServeSettings
 from serve.shadow_model import switch_shadow
 from serve.shadow_settings import ServedModels, ShadowReference
+from serve.sign_in_page import add_sign_in_routes
 from serve.submission_queue import SubmissionQueue
 from serve.submission_routes import add_submission_routes
 from serve.submission_worker import SubmissionWorker
@@ -93,6 +98,10 @@ def build_api(backend: Backend) -> _Api:
     add_candidate_routes(api, backend.log, retry_after_s)
     _add_model_routes(api, service, keys)
     add_docs(api, with_keys=keys is not None)
+    add_sign_in_routes(api, backend)
+    add_analyse_routes(api, backend)
+    add_review_routes(api, backend)
+    add_about_routes(api, backend)
     add_page_routes(api)
     return api
 
@@ -163,6 +172,7 @@ class Ingress(HoldsModel):
             log,
             RecordService(log, patient_key, config.ingress.retry_after_s),
             SubmissionQueue(service, log, config.submissions, self._worker.wake),
+            Sessions(patient_key),
             keys,
             buckets,
             metrics,

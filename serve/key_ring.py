@@ -59,6 +59,10 @@ class KeyRing:
                 return key
         return None
 
+    def get(self, key_id: str) -> ApiKey | None:
+        """The live key of this id."""
+        return next((key for keys in (self._keys or {}).values() for key in keys if key.id == key_id), None)
+
     async def start(self) -> None:
         """Reads the keys now and every `refresh_s` on this event loop; returns after the first try."""
         if self._task is None or self._task.done():

@@ -62,7 +62,7 @@ class PreparedImage:
     stored: StoredImage
 
 
-def decode_upload(data: bytes, limits: UploadLimits) -> np.ndarray:
+def decode_upload(data: bytes, limits: UploadLimits | None) -> np.ndarray:
     """Checks and decodes an uploaded file: uint8 RGB (H, W, 3), turned by its EXIF orientation.
 
     Raises:

@@ -238,11 +238,14 @@ class LesionScoring:
         found = dict(zip([*large, *small], prepared, strict=True))
         return [found[place] for place in range(len(requests))]
 
-    async def explain(self, data: bytes, view: View, target_class: str | None, model: ServedModel) -> Explanation:
+    async def explain(
+        self, data: bytes, view: View, target_class: str | None, model: ServedModel, stored: bool = False
+    ) -> Explanation:
         """See `PredictionService.explain`."""
         target = parse_class(target_class, model.task)
         run = asyncio.get_running_loop().run_in_executor
-        picture = await run(self._threads, open_picture, data, model.input_size, self.limits)
+        limits = None if stored else self.limits
+        picture = await run(self._threads, open_picture, data, model.input_size, limits)
         seen = await self.scorer.explain(picture.pixels[np.newaxis])
         if seen is None or seen.digest != model.digest:
             raise ModelsDifferError

@@ -21,7 +21,8 @@ MONITORING_PATH = "/monitoring"
 MONITORING_POLICY = f"{PAGE_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
 
 _PAGE = "monitoring.html"
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_TYPES = {".js": "text/javascript", ".css": "text/css", ".jpg": "image/jpeg", ".txt": "text/plain"}
+_SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class WebFile:
 
 
 def load_web_files() -> dict[str, WebFile]:
-    """The files of `serve/web` by name, wherever the package is installed."""
+    """The page and what pages load of `serve/web`, by name, wherever the package is installed; no templates."""
     files = {}
-    for entry in resources.files("serve").joinpath("web").iterdir():
-        media_type = _TYPES.get(PurePosixPath(entry.name).suffix)
+    folder = resources.files("serve").joinpath("web")
+    for entry in (*folder.iterdir(), *folder.joinpath(_SAMPLES).iterdir()):
+        media_type = "text/html" if entry.name == _PAGE else _TYPES.get(PurePosixPath(entry.name).suffix)
         if media_type is not None:
             body = entry.read_bytes()
             files[entry.name] = WebFile(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:32]}"')

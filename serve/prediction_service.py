@@ -270,14 +270,17 @@ class PredictionService:
             **model_columns(lesion, model, clock),
         )
 
-    async def explain(self, data: bytes, view: View, target_class: str | None) -> Explanation:
+    async def explain(self, data: bytes, view: View, target_class: str | None, stored: bool = False) -> Explanation:
         """Draws where the network sees a class in an uploaded file; None: the likeliest malignant one.
+
+        Args:
+            stored: the file comes from the image store, where it may be larger than an upload may be.
 
         Raises:
             ApiError: 413, 415 or 422 for the file or the class; 503 when the scorer does not answer in time.
         """
         return await self._until_rolled_out(
-            lambda model, deadline: self.scoring.explain(data, view, target_class, model)
+            lambda model, deadline: self.scoring.explain(data, view, target_class, model, stored)
         )
 
     async def readiness(self) -> dict[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from monitoring.prediction_log import PredictionLog, patient_hmac
 from serve.errors import ApiError, unavailable
+from serve.lesion import keyed_id
 from serve.store_calls import StoreCalls
 from store.alarm_records import acknowledge_alarm, alarms_page
 from store.database import Store
@@ -15,7 +16,14 @@ from store.dataset_lineage import Use, lineage_of_prediction
 from store.erasure import Erasure, PatientErasure
 from store.labels import AddedLabel, NewLabel, ReaderAdjudicatesError, add_label
 from store.monitoring_summary import monitoring_summary
-from store.prediction_records import PredictionFilter, prediction_image, prediction_with_labels, predictions_page
+from store.prediction_records import (
+    PredictionFilter,
+    prediction_image,
+    prediction_with_labels,
+    predictions_by_id,
+    predictions_page,
+)
+from store.review_queue import QueueCounts, QueueItem, patient_lesions, review_counts, review_queue
 from store.tables import now_us
 
 logger = logging.getLogger("ray.serve")
@@ -60,6 +68,25 @@ class RecordService:
             ApiError: 404; 503 when the record may be among those that wait in this node's spool.
         """
         return await self._call(self._known, prediction_id, prediction_with_labels)
+
+    async def of_keys(self, caller: str, keys: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The records of a caller's idempotency keys, in their order; None for a key without one.
+
+        Raises:
+            ApiError: 503 also when some may be among the records that wait in this node's spool.
+        """
+        ids = [keyed_id(caller, key) for key in keys]
+
+        def find(store: Store) -> list[dict[str, Any] | None]:
+            # Looked at first, as in `_known`.
+            waiting = self._log.spool.pending()
+            found = predictions_by_id(store, ids)
+            if waiting and len(found) < len(ids):
+                detail = "results: some may be among the records that wait for the store"
+                raise unavailable(detail, self._retry_after_s)
+            return [found.get(prediction_id) for prediction_id in ids]
+
+        return await self._call(find)
 
     async def used_in(self, prediction_id: str) -> list[Use]:
         """See `lineage_of_prediction`."""
@@ -119,6 +146,18 @@ class RecordService:
             detail = f"prediction_id: {prediction_id!r} may be among the records that wait for the store"
             raise unavailable(detail, self._retry_after_s)
         raise not_found(f"prediction_id: {prediction_id!r} is not in the log: never made, or erased")
+
+    async def review_queue(self, reader: str, since_us: int, skipped: frozenset[str]) -> list[QueueItem]:
+        """See `review_queue`."""
+        return await self._call(review_queue, reader, since_us, skipped)
+
+    async def review_counts(self, reader: str, since_us: int) -> QueueCounts:
+        """See `review_counts`."""
+        return await self._call(review_counts, reader, since_us)
+
+    async def patient_lesions(self, prediction_id: str) -> list[dict[str, Any]]:
+        """See `patient_lesions`."""
+        return await self._call(patient_lesions, prediction_id)
 
     async def alarms(
         self,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.access import page_of
+
 # An answer of the API is data: should a browser ever show one as a page, it loads and runs nothing.
 API_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # Pages of our own take scripts and styles from files of this service, pictures also from memory.
@@ -13,7 +15,6 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-PAGES = ("/", "/review", "/monitoring")
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -33,20 +34,20 @@ class SecurityHeaders:
     """Adds the headers to every answer; a header that the answer has already stays.
 
     Args:
-        policies: Content-Security-Policy by path, beside those of `PAGES`; any other path has `API_POLICY`.
+        policies: Content-Security-Policy by path, beside `PAGE_POLICY` of the pages; any other path has `API_POLICY`.
     """
 
     def __init__(self, app: ASGIApp, policies: Mapping[str, str] | None = None):
         self.app = app
-        by_path = dict.fromkeys(PAGES, PAGE_POLICY) | dict(policies or {})
-        self._by_path = {path: _headers(policy) for path, policy in by_path.items()}
-        self._default = _headers(API_POLICY)
+        self._by_path = {path: _headers(policy) for path, policy in (policies or {}).items()}
+        self._page, self._default = _headers(PAGE_POLICY), _headers(API_POLICY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        added = self._by_path.get(scope["path"], self._default)
+        path = scope["path"]
+        added = self._by_path.get(path) or (self._default if page_of(path) is None else self._page)
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -13,6 +13,8 @@ from store.label_consensus import State, predictions_in_state
 from store.tables import images, labels, predictions
 
 _COLUMNS = [column for column in predictions.c if column.name not in ("embedding", "idempotency_key")]
+# Below the fewest parameters that either database takes in one statement.
+_CHUNK = 500
 _EQUAL = ("model_version", "band", "abstained", "context", "institution", "device", "patient_hmac")
 
 
@@ -95,6 +97,16 @@ def prediction_with_labels(store: Store, prediction_id: str) -> tuple[dict[str, 
         if row is None:
             return None
         return dict(row), [dict(label) for label in connection.execute(given).mappings()]
+
+
+def predictions_by_id(store: Store, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Records by id, without embeddings; unknown ids are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    with store.reading() as connection:
+        for start in range(0, len(ids), _CHUNK):
+            query = sql.select(*_COLUMNS).where(predictions.c.id.in_(ids[start : start + _CHUNK]))
+            found |= {row["id"]: dict(row) for row in connection.execute(query).mappings()}
+    return found
 
 
 def prediction_image(store: Store, prediction_id: str) -> tuple[str | None, str | None] | None:

@@ -17,6 +17,7 @@ from serve.lesion_scoring import LesionScoring
 from serve.metadata_fusion import MetadataFusionLogic
 from serve.prediction_service import PredictionService
 from serve.records import RecordService
+from serve.sessions import Sessions
 from serve.settings import IngressSettings, ModelReference, StorageSettings, SubmissionSettings, UploadLimits
 from serve.submission_queue import SubmissionQueue
 from tests.tiny_bundle import SIZE, expected_outputs, tiny_bundle
@@ -158,4 +159,4 @@ def backend(
     """What stands behind the routes of a service; no worker takes its submissions."""
     records = RecordService(log, key, retry_after_s)
     submissions = SubmissionQueue(service, log, SubmissionSettings(), wake=lambda: None)
-    return Backend(service, log, records, submissions, **guards)
+    return Backend(service, log, records, submissions, Sessions(key), **guards)

@@ -153,6 +153,8 @@ def test_the_whole_demo(tmp_path):
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{url}/v1/model", timeout=30) as answer:
             assert json.load(answer)["synthetic"] is True
+        with opener.open(re.search(r"^pages +(\S+)$", done.stdout, re.MULTILINE).group(1), timeout=30) as answer:
+            assert b"Synthetic, no clinical meaning" in answer.read()
         curl = re.search(r"^try +(curl .*)$", done.stdout, re.MULTILINE).group(1)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"{url}/v1/candidates", timeout=30

@@ -213,6 +213,24 @@ def test_bad_input_is_a_4xx_over_real_http(service):
     assert chunked.status_code == 413
 
 
+def test_a_picture_is_analysed_on_the_page(service):
+    """Through the door ahead of Serve and the nodes behind it, as a browser without scripts does it."""
+    client, url = service.client, service.url
+    page = client.get(f"{url}/")
+    fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]+)"', page.text))
+    files = {"images": ("lesion.jpg", lesion_image(4711), "image/jpeg")}
+    foreign = client.post(f"{url}/", data=fields | {"csrf_token": "x"}, files=files)
+    assert foreign.status_code == 403 and foreign.headers["content-type"].startswith("text/html")
+    answer = client.post(f"{url}/", data=fields, files=files)
+    assert answer.status_code == 200 and "Next step" in answer.text
+    (prediction_id,) = set(re.findall(r"/results/(\w{32})/picture.jpg", answer.text))
+    assert client.get(f"{url}/v1/predictions/{prediction_id}").status_code == 200
+    for name in ("picture.jpg", "evidence.jpg"):
+        assert client.get(f"{url}/results/{prediction_id}/{name}").content.startswith(b"\xff\xd8\xff")
+    again = client.get(f"{url}/results/{fields['key']}", params={"n": 1})
+    assert prediction_id in again.text
+
+
 def test_replicas_carry_the_code_of_the_release_and_nothing_of_training(service):
     for deployment in ("Ingress", "ImageScorer", "MetadataFusion", "DriftLogger"):
         (handle,) = replicas(deployment).values()

@@ -21,7 +21,7 @@ from tests.local_service import LocalService
 WEB = REPO_ROOT / "serve" / "web"
 HTML = (WEB / "monitoring.html").read_text(encoding="utf-8")
 SCRIPT = (WEB / "monitoring.js").read_text(encoding="utf-8")
-STYLE = (WEB / "monitoring.css").read_text(encoding="utf-8")
+STYLE = (WEB / "dermray.css").read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ from modeling.preprocessing import decode_image
 from tests.bundle_factory import lesion_image, lesion_rule
 from tests.tiny_bundle import SIZE, expected_outputs
 from training.ood_pictures import CORRUPTIONS, NON_LESIONS
-from training.ood_report import false_refusals, measure_kinds, plot_abstention, wilson_interval
+from training.ood_report import false_refusals, measure_kinds, plot_abstention
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,6 @@ def rule():
 def report(rule):
     lesions = [decode_image(lesion_image(seed)) for seed in range(5)]
     return measure_kinds(rule, lambda images: expected_outputs(images)[1], SIZE, lesions, number=4, seed=0)
-
-
-def test_the_interval_is_wilson_s():
-    # Wilson's own formula for 5 of 100, and the rule of three for none.
-    assert wilson_interval(0.05, 100) == pytest.approx((0.0215, 0.1118), abs=1e-4)
-    low, high = wilson_interval(0, 300)
-    assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.0126, abs=1e-4)
-    assert wilson_interval(1.0, 4)[1] == pytest.approx(1)
 
 
 def test_false_refusals_are_counted_apart_for_malignant_lesions(rule):

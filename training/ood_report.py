@@ -16,6 +16,7 @@ from data_pipelines.image_reader import ImageReader
 from modeling.abstention import AbstentionRule
 from modeling.image_limits import Refusal
 from modeling.preprocessing import decode_image, image_quality, resize
+from modeling.tested_risks import wilson_interval
 from training.figures import headless_pyplot
 from training.ood_pictures import CORRUPTIONS, NON_LESIONS, Kind
 
@@ -23,8 +24,6 @@ Embed = Callable[[np.ndarray], np.ndarray]
 """Pictures uint8 (N, S, S, 3) -> embeddings float32 (N, D), by the network that is served."""
 
 _EXAMPLE_SIDE, _COLUMNS = 128, 8
-# Standard normal quantile of a 95 % interval.
-_Z = 1.959964
 
 
 @dataclass
@@ -40,15 +39,6 @@ class OodReport:
 
     measured: dict[str, Any]
     examples: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
-    """95 % interval of a share of `number` independent pictures (Wilson 1927); it holds for a share of 0 as well, where
-    a bootstrap gives (0, 0)."""
-    centre = share + _Z**2 / (2 * number)
-    width = _Z * (share * (1 - share) / number + _Z**2 / (4 * number**2)) ** 0.5
-    scale = 1 + _Z**2 / number
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
 
 
 def false_refusals(

@@ -1,0 +1,65 @@
+"""Renders the pages: Jinja2 templates of `serve/web`, with what every page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from serve.access import ANONYMOUS, caller_of
+from serve.page_access import session_of
+from serve.sessions import CSRF_FIELD
+
+NAVIGATION = (("/", "Analyse"), ("/review", "Review"), ("/monitoring", "Monitoring"), ("/about", "About"))
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The templates; text that is put in is escaped, and a name that is missing is an error."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("serve", "web"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    templates.filters["interval"] = interval
+    return templates
+
+
+def interval(metrics: Mapping[str, Any], name: str) -> str:
+    """A metric of a context's `metrics.json` with its 95 % interval, or a dash where it was not measured."""
+    metric = metrics.get(name)
+    if isinstance(metric, Mapping):
+        value, bounds = metric.get("value"), metric
+    else:
+        value, bounds = metric, metrics.get("intervals", {}).get(name, {})
+    if value is None:
+        return "–"
+    low, high = bounds.get("low"), bounds.get("high")
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def render(request: Request, synthetic: bool, template: str, status: int = 200, **context: Any) -> HTMLResponse:
+    """A page.
+
+    Args:
+        synthetic: the model was trained on generated lesions, which every page says.
+        context: what the template shows.
+    """
+    caller = caller_of(request)
+    shown = {
+        "path": request.url.path,
+        "navigation": NAVIGATION,
+        "signed_in": None if caller.name == ANONYMOUS.name else caller,
+        "csrf_field": CSRF_FIELD,
+        "csrf_token": session_of(request).csrf_token,
+        "synthetic": synthetic,
+        **context,
+    }
+    return HTMLResponse(environment().get_template(template).render(shown), status)
