@@ -72,7 +72,7 @@ def test_three_actions_lead_from_a_picture_to_an_explained_answer(local, browser
         # 1: open the page, 2: choose a picture, 3: send it.
         tab.open(f"{url}/")
         choose(tab, pictures[:1])
-        assert tab.evaluate("document.querySelectorAll('#chosen img').length") == 1
+        tab.wait_for("document.querySelectorAll('#chosen img').length === 1")
         tab.click("#send")
         tab.wait_for(RESULT)
         (row,) = local.rows()
