@@ -58,7 +58,7 @@ test: lint  ## lint, unit tests, and tests on a real Ray cluster (at most 10 min
 	@echo "tests on a real Ray cluster"
 	$(call run_pytest,-m 'not slow and ray')
 
-test-all: $(TENSORRT)  ## the slow tests: kills, a simulated month, the whole demo, TensorRT builds (40 minutes)
+test-all: $(TENSORRT)  ## the slow tests: kills, a simulated month, the whole demo, TensorRT builds (50 minutes)
 	@echo "slow tests without a cluster, in several processes"
 	$(call run_pytest,-m 'slow and not ray' $(SIDE_BY_SIDE),OMP_NUM_THREADS=1)
 	@echo "slow tests on a real Ray cluster"

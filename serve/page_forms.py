@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from serve.errors import ApiError
 from serve.page_access import session_of
-from serve.sessions import CSRF_FIELD, CSRF_HEADER
+from serve.sessions import CSRF_FIELD
 
 _MAX_FIELDS = 100
 
@@ -21,7 +21,7 @@ async def read_form(request: Request, max_files: int = 1) -> FormData:
         ApiError: 403 `foreign_form` for a form without this session's token: another site's, or older than the session.
     """
     form = await request.form(max_files=max_files, max_fields=_MAX_FIELDS)
-    given = request.headers.get(CSRF_HEADER) or form.get(CSRF_FIELD)
+    given = form.get(CSRF_FIELD)
     if not isinstance(given, str) or not hmac.compare_digest(given.encode(), session_of(request).csrf_token.encode()):
         raise ApiError(403, "foreign_form", f"{CSRF_FIELD}: not this session's; load the page again and send it again")
     return form

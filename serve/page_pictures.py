@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from modeling.preprocessing import decode_image
 from serve.errors import unavailable
+from serve.etags import matches
 from serve.explanation import shrink
 
 # Longest side on a page, pixels; with it and this quality a photograph of skin has some 60 KB.
@@ -72,5 +73,5 @@ def picture_headers(tag: str) -> dict[str, str]:
 
 def unchanged(request: Request, tag: str) -> Response | None:
     """304 for a browser that has the picture of this tag already."""
-    known = {given.strip().removeprefix("W/") for given in request.headers.get("If-None-Match", "").split(",")}
-    return Response(status_code=304, headers=picture_headers(tag)) if f'"{tag}"' in known else None
+    known = matches(request.headers.get("If-None-Match"), tag)
+    return Response(status_code=304, headers=picture_headers(tag)) if known else None

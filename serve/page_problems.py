@@ -6,11 +6,10 @@ import json
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.access import page_of
-from serve.page_templates import environment
+from serve.page_templates import NAVIGATION, environment
 from serve.prediction_service import PredictionService
 
 # What people can do about it.
@@ -64,7 +63,10 @@ class PageProblems:
         status = start["status"]
         page = environment().get_template("problem.html")
         html = page.render(
-            path=Request(scope).url.path,
+            path=scope["path"],
+            navigation=NAVIGATION,
+            # Whoever found the problem may have come before the session was looked at.
+            signed_in=None,
             title=HTTPStatus(status).phrase,
             status=status,
             detail=problem.get("detail", ""),

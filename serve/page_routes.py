@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from serve.access import OPEN_PREFIX
 from serve.errors import ApiError
+from serve.etags import matches
 from serve.security_headers import PAGE_POLICY
 
 MONITORING_PATH = "/monitoring"
@@ -42,7 +43,7 @@ def load_web_files() -> dict[str, WebFile]:
         media_type = "text/html" if entry.name == _PAGE else _TYPES.get(PurePosixPath(entry.name).suffix)
         if media_type is not None:
             body = entry.read_bytes()
-            files[entry.name] = WebFile(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+            files[entry.name] = WebFile(body, media_type, hashlib.sha256(body).hexdigest()[:32])
     return files
 
 
@@ -69,8 +70,7 @@ def add_page_routes(api: FastAPI) -> None:
 
 def _answer(request: Request, file: WebFile, headers: dict[str, str]) -> Response:
     # Asked for again each time, and answered without a body if it is the same: a new release shows at the next load.
-    headers = {"ETag": file.etag, "Cache-Control": "no-cache", **headers}
-    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")}
-    if file.etag in known:
+    headers = {"ETag": f'"{file.etag}"', "Cache-Control": "no-cache", **headers}
+    if matches(request.headers.get("If-None-Match"), file.etag):
         return Response(status_code=304, headers=headers)
     return Response(file.body, media_type=file.media_type, headers=headers)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import Response
 
 from serve.access import check_owner
+from serve.etags import matches
 from serve.paging import decode_cursor, encode_cursor
 from serve.record_api import (
     ITEM_PROBLEMS,
@@ -75,7 +76,7 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
         name, suffix = await records.image_name(prediction_id)
         # Kept by the browser only, and asked for again each time: it may be erased.
         headers = {"ETag": f'"{name}"', "Cache-Control": "private, no-cache"}
-        if _matches(if_none_match, name):
+        if matches(if_none_match, name):
             return Response(status_code=304, headers=headers)
         headers |= {
             "Content-Disposition": f'inline; filename="{name}{suffix}"',
@@ -83,8 +84,3 @@ def add_record_routes(api: FastAPI, records: RecordService) -> None:
         }
         data = await records.image(prediction_id, name, suffix)
         return Response(data, media_type=_CONTENT_TYPES.get(suffix, "application/octet-stream"), headers=headers)
-
-
-def _matches(if_none_match: str | None, name: str) -> bool:
-    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
-    return "*" in tags or f'"{name}"' in tags

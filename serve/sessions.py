@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 COOKIE = "dermray_session"
 CSRF_FIELD = "csrf_token"
-CSRF_HEADER = "X-CSRF-Token"
 SESSION_S = 12 * 3600
 # Of someone who has not signed in: only forms are tied to it.
 _NOBODY = "-"
