@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -71,6 +71,10 @@ class Tab:
         self.page.wait_for_url(lambda found: urlsplit(found).path == path)
         return self.page
 
+    def cookies(self) -> dict[str, str]:
+        """The cookies of this tab by name."""
+        return {cookie["name"]: cookie["value"] for cookie in self.page.context.cookies()}
+
     def load_pictures(self) -> None:
         """Waits until every picture of the page is there; one that cannot be shown is an error."""
         self.page.evaluate(
@@ -94,12 +98,20 @@ class Chromium:
     def __init__(self, browser: Browser):
         self._browser = browser
 
-    def new_tab(self, url: str, width: int = 1280, dark: bool = False, scripts: bool = True) -> Tab:
-        """A tab for the service at `url`, nobody signed in.
+    def new_tab(
+        self,
+        url: str,
+        width: int = 1280,
+        dark: bool = False,
+        scripts: bool = True,
+        cookies: Mapping[str, str] | None = None,
+    ) -> Tab:
+        """A tab for the service at `url` that has loaded nothing yet.
 
         Args:
             width: of the window, CSS pixels.
             scripts: False: JavaScript is switched off.
+            cookies: of whoever is signed in; None: nobody is.
         """
         context = self._browser.new_context(
             viewport={"width": width, "height": 900},
@@ -109,6 +121,8 @@ class Chromium:
             timezone_id="UTC",
         )
         context.set_default_timeout(WAIT_MS)
+        for name, value in (cookies or {}).items():
+            context.add_cookies([{"name": name, "value": value, "url": url}])
         return Tab(context.new_page(), url)
 
     def close_tabs(self) -> None:
