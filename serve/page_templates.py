@@ -14,7 +14,13 @@ from serve.access import ANONYMOUS, caller_of
 from serve.page_access import session_of
 from serve.sessions import CSRF_FIELD
 
-NAVIGATION = (("/", "Analyse"), ("/review", "Review"), ("/monitoring", "Monitoring"), ("/about", "About"))
+NAVIGATION = (
+    ("/", "Analyse"),
+    ("/review", "Review"),
+    ("/monitoring", "Monitoring"),
+    ("/models", "Models"),
+    ("/about", "About"),
+)
 
 
 @cache
