@@ -15,21 +15,11 @@ from serve.rule_words import rule_words
 from store.api_keys import create_api_key, list_api_keys
 from store.candidates import find_candidate, mark_candidate
 from store.champions import open_rollback
-from tests.bundle_factory import LocalFusion, LocalScorer, backend, served_bundle
+from tests.bundle_factory import backend
 from tests.local_service import LocalService
 from tests.model_facts import CANDIDATE, a_candidate_and_a_champion
 
 HOSTILE = "<script>window.hacked=1</script>"
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return served_bundle(tmp_path_factory.mktemp("models") / "bundle", version="3")
-
-
-@pytest.fixture(scope="module")
-def nodes(reference):
-    return LocalScorer(reference), LocalFusion(reference)
 
 
 class Clinic:
