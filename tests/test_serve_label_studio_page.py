@@ -26,26 +26,15 @@ from store.erasure import PatientErasure
 from store.errors import StoreUnavailableError
 from store.labels import NewLabel, add_label
 from store.tables import labels
-from tests.bundle_factory import LocalFusion, LocalScorer, backend, lesion_image, served_bundle
-from tests.local_service import LocalService
+from tests.bundle_factory import backend, lesion_image
+from tests.label_studio import annotated
 
-AT = "2024-06-01T00:00:00Z"
 HOSTILE = "<script>alert(1)</script>"
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return served_bundle(tmp_path_factory.mktemp("exchange") / "bundle", version="3")
-
-
-@pytest.fixture(scope="module")
-def nodes(reference):
-    return LocalScorer(reference), LocalFusion(reference)
-
-
 @pytest.fixture
-def local(reference, nodes, dermray_home):
-    local = LocalService(reference, dermray_home, nodes=nodes)
+def local(local):
+    """A service with six lesions, each of another patient."""
     for seed in range(6):
         predict(local, seed)
     return local
@@ -83,17 +72,6 @@ def tasks_of(answer) -> list[dict]:
 
 def ids(tasks) -> list[str]:
     return [task["data"]["prediction_id"] for task in tasks]
-
-
-def annotated(tasks, choice="malignant", by=1, at=AT, first=100):
-    """What Label Studio exports once an annotator has gone through the tasks."""
-    out = []
-    for number, task in enumerate(tasks):
-        results = [{"from_name": "class", "to_name": "lesion", "type": "choices", "value": {"choices": [choice]}}]
-        given = {"id": first + number, "completed_by": by, "result": results, "was_cancelled": False}
-        given |= {"created_at": at, "updated_at": at}
-        out.append({"id": 11 + number, "data": task["data"], "annotations": [given]})
-    return out
 
 
 def send(local, content, client=None, **values):
