@@ -76,6 +76,7 @@ SHOTS: dict[str, Callable[[Page, Path], None]] = {
     "result": _result,
     "results": _results,
     "review": _at("/review"),
+    "label-studio": _at("/review/label-studio"),
     "monitoring": _at("/monitoring"),
     "models": _at("/models"),
     "about": _at("/about"),
