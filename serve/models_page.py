@@ -94,7 +94,8 @@ def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions)
                 "by": None if champion is None else champion.decision["approver"],
                 "reason": None if champion is None else champion.decision["reason"],
                 "previous": None if champion is None else champion.previous,
-                "contexts": context_views(current["facts"], Facts({}, {})),
+                # On its own: whom it was compared with when it was a candidate itself is history.
+                "contexts": context_views(current["facts"]._replace(gate=None), Facts({}, {})),
                 "engines": {device: engine_rows(found) for device, found in current["facts"].engines.items()},
             },
             served=service.model.reference.version,
