@@ -30,6 +30,7 @@ from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
 from serve.metrics import ModelInfo, replica_metrics
 from serve.model_slot import HoldsModel, ModelSlot
+from serve.monitoring_page import add_monitoring_routes
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.page_routes import add_page_routes
 from serve.patient_routes import add_patient_routes
@@ -101,6 +102,7 @@ def build_api(backend: Backend) -> _Api:
     add_sign_in_routes(api, backend)
     add_analyse_routes(api, backend)
     add_review_routes(api, backend)
+    add_monitoring_routes(api, backend)
     add_about_routes(api, backend)
     add_page_routes(api)
     return api
@@ -177,6 +179,7 @@ class Ingress(HoldsModel):
             buckets,
             metrics,
             sampler,
+            links=config.links,
             answers_ids=False,
         )
 
