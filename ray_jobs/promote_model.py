@@ -20,16 +20,19 @@ from modeling.registry import CHAMPION, ModelVersion, Registry
 from monitoring.gate_table import markdown, table_lines
 from monitoring.promotion_gate import GateReport, GateRules, check_gate
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, parse_config, run_job, say
+from ray_jobs.model_reports import tell_verdict
 from ray_jobs.promotion_evidence import gather_evidence, open_champion
 from store.candidates import (
     APPROVAL_REFUSED,
     PROMOTED,
     REJECTED,
+    find_rejection,
     is_one_of,
     mark_candidate,
     open_approval,
     requesters,
 )
+from store.champions import PROMOTION_REFUSED, note_deployed
 from store.database import Store, open_store
 from store.refusals import record_refusal
 from store.synced_files import replace_synced
@@ -157,11 +160,19 @@ def _table(gate: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(content), **gate}
 
 
-def _record(store: Store, event: dict[str, Any]) -> None:
-    """Writes the decision to the approvals table and the audit chain, unless an earlier attempt did."""
+def _key(event: dict[str, Any]) -> str:
+    return f"{event['event']}@{event['at']}"
+
+
+def _record(store: Store, event: dict[str, Any], deploy: bool) -> None:
+    """Writes the decision to the approvals table and the audit chain, unless an earlier attempt did.
+
+    Args:
+        deploy: the service is swapped next; who finds that it was not does it.
+    """
     if "event" not in event:
         return  # the alias was set by other means: there is no decision to record
-    key = f"{event['event']}@{event['at']}"
+    key = _key(event)
     if any(row["gate"].get("registry_event") == key for row in store.approvals()):
         return
     store.record_approval(
@@ -169,7 +180,7 @@ def _record(store: Store, event: dict[str, Any]) -> None:
         approver=event["approver"],
         reason=event["reason"],
         decision=event["action"],
-        gate={**_table(event["gate"]), "registry_event": key, "previous": event["previous"]},
+        gate={**_table(event["gate"]), "registry_event": key, "previous": event["previous"], "deploy": deploy},
     )
 
 
@@ -185,8 +196,14 @@ def _approval(config: PromoteModelConfig, store: Store, version: str, digest: st
     """Who decides, and why: the config's approver, `--auto`'s, else the last one of this version.
 
     Raises:
-        ValueError: nobody has, or only who asked for the training.
+        ValueError: nobody has, or only who asked for the training; or a person has rejected it.
     """
+    rejection = find_rejection(store, version, digest)
+    if rejection is not None:
+        raise ValueError(
+            f"version {version} was rejected by {rejection['approver']} ({rejection['reason']}); expected another "
+            "candidate"
+        )
     asked = requesters(store, version, digest)
     given = config.auto_promotion.configured_by.strip() if config.auto else config.approver
     if given is not None:
@@ -222,6 +239,8 @@ def judge_candidate(
     report = check_gate(config.rules, bundle, other, evidence)
     for line in table_lines(report):
         say(line)
+    beside = None if champion is None else champion.version
+    tell_verdict(store, report.as_json() | {"notes": notes, "champion_version": beside}, evidence, bundle, other)
     return report, notes
 
 
@@ -243,7 +262,7 @@ def _promote(config: PromoteModelConfig, registry: Registry, store: Store) -> di
     kept = _write_report(config, registry, target, report, None if champion is None else champion.version, notes)
     say(f"table: {Path(kept['report']).with_suffix('.md')}")
     if not report.passed:
-        record_refusal(store, approver, "promotion_refused", f"model/{target.version}", report.as_json())
+        record_refusal(store, approver, PROMOTION_REFUSED, f"model/{target.version}", report.as_json())
         if not all(result.rule.startswith(_MAY_YET_PASS) for result in report.failed):
             mark_candidate(store, target.version, bundle.digest, REJECTED)
         failed = "; ".join(str(result) for result in report.failed)
@@ -309,9 +328,12 @@ def run(config: PromoteModelConfig) -> dict[str, Any]:
     # Opened first: without a store to record the decision in, the champion must not move.
     store = open_store(config.store_url)
     event = _rollback(config, registry) if config.rollback else _promote(config, registry, store)
-    _record(store, event)
+    _record(store, event, config.deploy)
     _mark(store, registry, event)
     gate = _table(event.get("gate", {}))
+    deployed = None if service is None else _deploy(service, event["version"])
+    if deployed is not None and "event" in event:
+        note_deployed(store, event["version"], _key(event))
     return {
         "champion": event["version"],
         "previous": event.get("previous"),
@@ -322,7 +344,7 @@ def run(config: PromoteModelConfig) -> dict[str, Any]:
         "paired": gate.get("paired"),
         "gate": gate.get("results", []),
         "report": gate.get("report"),
-        "deployed": None if service is None else _deploy(service, event["version"]),
+        "deployed": deployed,
     }
 
 

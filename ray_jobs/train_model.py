@@ -15,10 +15,12 @@ import numpy as np
 from pydantic import Field
 
 from data_pipelines.image_dataset import DatasetVersion, open_dataset
+from modeling.bundle import load_bundle
 from modeling.image_scorer import ExportableScorer
 from modeling.metrics import risk
 from modeling.registry import Registry
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, connect_ray, run_job, say
+from ray_jobs.model_reports import tell_report
 from store.candidates import record_candidate
 from store.database import Store, StoreUnavailableError, open_store
 from training.config import BuildConfig, TrainingConfig
@@ -211,8 +213,9 @@ def run(config: TrainModelConfig) -> dict[str, Any]:
     if store is not None:
         try:
             record_candidate(store, registered.version, registered.digest, gate, dataset_digest=version.digest)
+            tell_report(store, load_bundle(directory, registered.digest))
         except StoreUnavailableError as error:
-            say(f"the candidate is registered, but GET /v1/candidates will not show it: {error}")
+            say(f"the candidate is registered, but GET /v1/candidates may not show it: {error}")
     return {
         "model_version": registered.version,
         "bundle": str(directory),

@@ -46,6 +46,8 @@ LEAST_ROLE: dict[tuple[str, str], Role] = {
     ("GET", "/v1/retrain/{}"): "approver",
     ("GET", "/v1/candidates"): "approver",
     ("POST", "/v1/candidates/{}/approve"): "approver",
+    ("POST", "/v1/candidates/{}/reject"): "approver",
+    ("POST", "/v1/champion/rollback"): "approver",
     ("DELETE", "/v1/patients/{}"): "admin",
 }
 
@@ -60,6 +62,7 @@ PAGE_ROLES: dict[str, Role | None] = {
     "results": "caller",
     "review": "reviewer",
     "monitoring": "reviewer",
+    "models": "approver",
     "about": None,
     "sign-in": None,
     "sign-out": None,

@@ -22,7 +22,7 @@ from serve.client_options import http_options
 from serve.client_polling import until_finished
 from serve.record_api import Alarm, ErasureReport, Label, LabelledPrediction, LoggedPrediction, MonitoringSummary
 from serve.submission_api import Submission, SubmissionAccepted
-from serve.training_api import Approval, Candidate, RetrainAccepted, Retraining, Trigger
+from serve.training_api import Approval, Candidate, Rejection, RetrainAccepted, Retraining, RollbackAsked, Trigger
 from serve.triage_api import Triage
 
 Result = TypeVar("Result")
@@ -224,6 +224,14 @@ class AsyncDermrayClient:
     async def approve(self, version: str, reason: str) -> Approval:
         """See `DermrayClient.approve`."""
         return await self._send(calls.approve(version, reason))
+
+    async def reject(self, version: str, reason: str) -> Rejection:
+        """See `DermrayClient.reject`."""
+        return await self._send(calls.reject(version, reason))
+
+    async def ask_rollback(self, version: str, reason: str) -> RollbackAsked:
+        """See `DermrayClient.ask_rollback`."""
+        return await self._send(calls.ask_rollback(version, reason))
 
     async def model(self) -> ModelCard:
         """See `DermrayClient.model`."""

@@ -25,7 +25,7 @@ from serve.client_options import http_options
 from serve.client_polling import until_finished
 from serve.record_api import Alarm, ErasureReport, Label, LabelledPrediction, LoggedPrediction, MonitoringSummary
 from serve.submission_api import Submission, SubmissionAccepted
-from serve.training_api import Approval, Candidate, RetrainAccepted, Retraining, Trigger
+from serve.training_api import Approval, Candidate, Rejection, RetrainAccepted, Retraining, RollbackAsked, Trigger
 from serve.triage_api import Triage
 
 __all__ = [
@@ -258,6 +258,14 @@ class DermrayClient:
     def approve(self, version: str, reason: str) -> Approval:
         """Approves a candidate in the key's name; ConflictError where it was decided already."""
         return self._send(calls.approve(version, reason))
+
+    def reject(self, version: str, reason: str) -> Rejection:
+        """Rejects a candidate in the key's name, for good; ConflictError where it was decided already."""
+        return self._send(calls.reject(version, reason))
+
+    def ask_rollback(self, version: str, reason: str) -> RollbackAsked:
+        """Asks that champion `version` is left for the one before it; ConflictError where it is not the champion."""
+        return self._send(calls.ask_rollback(version, reason))
 
     def model(self) -> ModelCard:
         """The model that answers now."""

@@ -26,7 +26,16 @@ from serve.record_api import (
     PredictionPage,
 )
 from serve.submission_api import Submission, SubmissionAccepted
-from serve.training_api import Approval, Candidate, RetrainAccepted, Retraining, RetrainingPage, Trigger
+from serve.training_api import (
+    Approval,
+    Candidate,
+    Rejection,
+    RetrainAccepted,
+    Retraining,
+    RetrainingPage,
+    RollbackAsked,
+    Trigger,
+)
 from serve.triage_api import Triage
 
 Metadata = Mapping[str, float | str | None]
@@ -260,6 +269,18 @@ def approve(version: str, reason: str) -> Call[Approval]:
     """Not repeatable: once the candidate is promoted, a repeat would say that the approval failed."""
     path = f"/v1/candidates/{_segment(version)}/approve"
     return Call("POST", path, _into(Approval), {"json": {"reason": reason}}, repeatable=False)
+
+
+def reject(version: str, reason: str) -> Call[Rejection]:
+    """Not repeatable: a repeat would say that the candidate was rejected already."""
+    path = f"/v1/candidates/{_segment(version)}/reject"
+    return Call("POST", path, _into(Rejection), {"json": {"reason": reason}}, repeatable=False)
+
+
+def ask_rollback(version: str, reason: str) -> Call[RollbackAsked]:
+    """Not repeatable: once it is done, a repeat would say that the version is not the champion."""
+    body = {"model_version": version, "reason": reason}
+    return Call("POST", "/v1/champion/rollback", _into(RollbackAsked), {"json": body}, repeatable=False)
 
 
 def model() -> Call[ModelCard]:

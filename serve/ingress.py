@@ -29,7 +29,9 @@ from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
 from serve.lesion_scoring import LesionScoring
 from serve.metrics import ModelInfo, replica_metrics
+from serve.model_decisions import ModelDecisions
 from serve.model_slot import HoldsModel, ModelSlot
+from serve.models_page import add_models_routes
 from serve.monitoring_page import add_monitoring_routes
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.page_routes import add_page_routes
@@ -96,13 +98,15 @@ def build_api(backend: Backend) -> _Api:
     add_alarm_routes(api, records)
     add_patient_routes(api, records)
     add_retrain_routes(api, backend.log, retry_after_s)
-    add_candidate_routes(api, backend.log, retry_after_s)
+    decisions = ModelDecisions(backend.log, retry_after_s)
+    add_candidate_routes(api, decisions)
     _add_model_routes(api, service, keys)
     add_docs(api, with_keys=keys is not None)
     add_sign_in_routes(api, backend)
     add_analyse_routes(api, backend)
     add_review_routes(api, backend)
     add_monitoring_routes(api, backend)
+    add_models_routes(api, backend, decisions)
     add_about_routes(api, backend)
     add_page_routes(api)
     return api

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +25,6 @@ from serve.drift_view import drift_view
 from serve.errors import ApiError, invalid_field
 from serve.label_routes import MAX_COMMENT_LENGTH
 from serve.lesion import parse_text
-from serve.lesion_view import CONTEXTS
 from serve.monitoring_data import QUALITY_DAYS, Figures, Model, MonitoringData
 from serve.monitoring_status import HEADLINES, ReplicaState, findings, worst
 from serve.page_forms import read_form, text_field
@@ -42,28 +42,27 @@ logger = logging.getLogger("ray.serve")
 MONITORING_PATH = "/monitoring"
 WINDOWS = {24: "24 hours", 72: "3 days", 168: "7 days"}
 SHOWN = {"open": "Open", "all": "All", "quieted": "Quieted"}
-# Setting of the address, name, what it shows, and how it is started where there is no address.
+# Setting of the address, name, what it shows, and what to do where there is no address.
 TOOLS = (
+    ("ray_dashboard", "Ray dashboard", "Nodes, replicas, jobs, logs", "At port 8265 of the head:", "ray start --head"),
     (
-        "ray_dashboard",
-        "Ray dashboard",
-        "Nodes, replicas, jobs, logs",
-        "ray start --head, at port 8265; it asks for Ray's token",
-    ),
-    (
-        "mlflow",
-        "MLflow",
-        "Trainings and model versions",
+        *("mlflow", "MLflow", "Trainings and model versions", "Start it with"),
         "mlflow ui --backend-store-uri sqlite:///var/mlflow.db --port 5000",
     ),
-    ("evidently", "Evidently", "Drift reports in full", "evidently ui --workspace var/drift/workspace --port 8001"),
     (
-        "grafana",
-        "Grafana",
-        "Figures of all replicas over time",
+        *("evidently", "Evidently", "Drift reports in full", "Start it with"),
+        "evidently ui --workspace var/drift/workspace --port 8001",
+    ),
+    (
+        *("grafana", "Grafana", "Figures of all replicas over time", "Import deploy/grafana/dermray.json, over"),
         "prometheus --config.file=deploy/prometheus/prometheus.yml",
     ),
 )
+_CONTEXTS = {
+    "image_only": "the picture alone",
+    "none": "picture and metadata",
+    "patient": "picture, metadata and the patient's other lesions",
+}
 _PER_PAGE = 25
 # The nodes are asked for their state; one that hangs is a finding, and holds up no page.
 _NODES_S = 2.0
@@ -153,7 +152,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
             "engine_fallback": None if card is None else card.get("engine_fallback"),
             "version": model.version,
             "open_count": 0 if state is None else sum(state.open.values()),
-            "severities": list(reversed(SEVERITIES)),
+            "open_alarms": [] if state is None else _by_severity(state.open),
         }
 
     async def _figures(query: Query, _caller: Caller) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
             **views,
             "has_reference": bool(model.tested),
             "percent_average": 100 * model.average_risk,
-            "contexts": CONTEXTS,
+            "contexts": _CONTEXTS,
             "min_risks": MIN_RISKS,
             "max_risks": SAMPLED_RISKS,
             "max_labels": MAX_LABELS,
@@ -257,6 +256,14 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
     api.add_route("/monitoring/{part}", part, ["GET"], include_in_schema=False)
     api.add_route("/monitoring/drift/{report}", report, ["GET"], include_in_schema=False)
     api.add_route("/monitoring/alarms/{alarm_id}/acknowledge", acknowledge, ["POST"], include_in_schema=False)
+
+
+def _by_severity(alarms: dict[tuple[str, str], int]) -> list[tuple[str, int]]:
+    """Numbers of open alarms, the most urgent severity first."""
+    numbers = Counter[str]()
+    for (_, severity), number in alarms.items():
+        numbers[severity] += number
+    return [(severity, numbers[severity]) for severity in reversed(SEVERITIES) if numbers[severity]]
 
 
 def _views(figures: Figures, tested: Any, gate: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from serve.page_access import session_of
 from serve.sessions import CSRF_FIELD
 from serve.times import moment
 
-NAVIGATION = (("/", "Analyse"), ("/review", "Review"), ("/monitoring", "Monitoring"), ("/about", "About"))
+NAVIGATION = (
+    ("/", "Analyse"),
+    ("/review", "Review"),
+    ("/monitoring", "Monitoring"),
+    ("/models", "Models"),
+    ("/about", "About"),
+)
 
 
 @cache

@@ -17,13 +17,14 @@ from modeling.metrics import reliability, roc_auc, roc_curve
 from modeling.resampling import MIN_GROUPS
 from modeling.tested_risks import wilson_interval
 from serve.page_templates import window_name
-from serve.plots import Line, Mark, Plot, nice_ceiling, path, percent_ticks
+from serve.plots import Line, Mark, Plot, Tick, path, percent_ticks
 from store.risk_samples import LabelledRisk
 
 # Corners of a drawn ROC curve; more are not to be told apart.
 _MAX_CORNERS = 150
 _PER_BIN, _MAX_BINS = 20, 8
-_SQUARE = {"width": 300.0, "height": 300.0, "right": 290.0, "bottom": 256.0, "top": 10.0}
+_SQUARE = {"width": 300.0, "height": 300.0, "right": 282.0, "bottom": 256.0, "top": 10.0}
+_TICKS = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,6 @@ def _roc_plot(
 
 
 def _calibration_plot(context: str, bins: Sequence[tuple[int, float, Rate]]) -> Plot:
-    top = min(1.0, nice_ceiling(max(max(mean, rate.high or 0.0) for _, mean, rate in bins)))
     outside = sum(not (rate.low or 0.0) <= mean <= (rate.high or 1.0) for _, mean, rate in bins)
     description = (
         f"{len(bins)} groups of labelled lesions with similar risks: in {outside} of them the mean risk lies outside "
@@ -213,12 +213,14 @@ def _calibration_plot(context: str, bins: Sequence[tuple[int, float, Rate]]) -> 
     plot = Plot(
         f"calibration-plot-{context}", "Calibration", description, **_SQUARE, x_label="mean risk that the model gave"
     )
-    x, y = plot.x(0, top), plot.y(0, top)
-    plot.x_ticks, plot.y_ticks = percent_ticks(top, x), percent_ticks(top, y)
-    plot.lines.append(Line(path([(x(0), y(0)), (x(top), y(top))]), "diagonal"))
+    x, y = plot.x(0, 1), plot.y(0, 1)
+    # Square roots: most risks are below one percent, and a share may be 0.
+    plot.x_ticks, plot.y_ticks = ([Tick(axis(share**0.5), f"{100 * share:g} %") for share in _TICKS] for axis in (x, y))
+    plot.lines.append(Line(path([(x(0), y(0)), (x(1), y(1))]), "diagonal"))
     for _, mean, rate in bins:
-        plot.lines.append(Line(path([(x(mean), y(rate.low or 0.0)), (x(mean), y(rate.high or 0.0))]), "whisker"))
-        plot.marks.append(Mark(x(mean), y(rate.value or 0.0), "point"))
+        at, ends = x(mean**0.5), (y((rate.low or 0.0) ** 0.5), y((rate.high or 0.0) ** 0.5))
+        plot.lines.append(Line(path([(at, end) for end in ends]), "whisker"))
+        plot.marks.append(Mark(at, y((rate.value or 0.0) ** 0.5), "point"))
     return plot
 
 

@@ -173,3 +173,82 @@ class ApprovalOrder(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"reason": "fewer missed melanomas"}]})
 
     reason: Reason
+
+
+class RejectionOrder(BaseModel):
+    """Why a candidate must not become the champion."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"reason": "takes scars for melanomas"}]})
+
+    reason: Reason
+
+
+class Rejection(BaseModel):
+    """One person's word against a candidate; the audit trail has it too."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_version": "4",
+                    "rejected_by": "Dr Weber",
+                    "reason": "takes scars for melanomas",
+                    "rejected_at": "2024-05-01T09:30:00.000000Z",
+                }
+            ]
+        },
+    )
+
+    model_version: str
+    rejected_by: str
+    reason: str
+    rejected_at: datetime
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Rejection:
+        """The rejection that a row of `approvals` stands for."""
+        fields = {name: row[name] for name in ("model_version", "reason")}
+        return cls(rejected_by=row["approver"], rejected_at=moment(row["decided_at"]), **fields)
+
+
+class RollbackOrder(BaseModel):
+    """Why the champion should be left for the one before it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"model_version": "4", "reason": "misses on site 4"}]},
+    )
+
+    model_version: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the champion to leave")
+    reason: Reason
+
+
+class RollbackAsked(BaseModel):
+    """The rollback that waits for its job."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_version": "4",
+                    "asked_by": "Dr Weber",
+                    "reason": "misses on site 4",
+                    "asked_at": "2024-05-01T09:30:00.000000Z",
+                }
+            ]
+        },
+    )
+
+    model_version: str = Field(description="the champion to leave")
+    asked_by: str = Field(description="who asked first")
+    reason: str
+    asked_at: datetime
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> RollbackAsked:
+        """The order that a row of `approvals` stands for."""
+        fields = {name: row[name] for name in ("model_version", "reason")}
+        return cls(asked_by=row["approver"], asked_at=moment(row["decided_at"]), **fields)

@@ -12,7 +12,7 @@ from store.database import Store
 from store.tables import approvals, candidates, now_us, retrain_requests
 
 CANDIDATE, PROMOTED, REJECTED = "candidate", "promoted", "rejected"
-APPROVE = "approve"
+APPROVE, REJECT = "approve", "reject"
 APPROVAL_REFUSED = "approval_refused"
 
 
@@ -77,20 +77,60 @@ def _rows(store: Store, condition: sql.ColumnElement[bool], limit: int = 1) -> l
     return list(found.values())
 
 
+class DecidedError(Exception):
+    """A candidate that is none any more; `state` says what became of it."""
+
+    def __init__(self, state: str):
+        super().__init__(state)
+        self.state = state
+
+
 def approve_candidate(store: Store, candidate: dict[str, Any], approver: str, reason: str) -> dict[str, Any]:
     """Records that a person approves a candidate, once per person; returns the approval's row.
 
     Args:
         candidate: as `find_candidate` gave it.
+
+    Raises:
+        DecidedError: it was promoted or rejected meanwhile.
     """
     for row in candidate["approvals"]:
         if row["approver"] == approver:
             return row
-    version = candidate["model_version"]
-    gate = {"digest": candidate["digest"], "metrics": candidate["gate_metrics"]}
-    number = store.record_approval(version, approver, reason, APPROVE, gate)
-    with store.reading() as connection:
+    return _decide(store, candidate, APPROVE, approver, reason)
+
+
+def reject_candidate(store: Store, candidate: dict[str, Any], person: str, reason: str) -> dict[str, Any]:
+    """Records that a person rejects a candidate, for good: approvals of it count no more. Returns the decision's row.
+
+    Raises:
+        DecidedError: it was promoted or rejected meanwhile.
+    """
+    return _decide(store, candidate, REJECT, person, reason)
+
+
+def _decide(store: Store, candidate: dict[str, Any], decision: str, person: str, reason: str) -> dict[str, Any]:
+    version, digest = candidate["model_version"], candidate["digest"]
+    known = sql.and_(candidates.c.model_version == version, candidates.c.digest == digest)
+    gate = {"digest": digest, "metrics": candidate["gate_metrics"]}
+    with store.writing() as connection:
+        # Locked: of two people who decide at once the second sees what the first did.
+        state = connection.execute(sql.select(candidates.c.state).where(known).with_for_update()).scalar()
+        if state != CANDIDATE:
+            raise DecidedError(state or REJECTED)
+        if decision == REJECT:
+            connection.execute(sql.update(candidates).where(known).values(state=REJECTED))
+        number = store._record_decision(connection, version, person, reason, decision, gate)
         return dict(connection.execute(sql.select(approvals).where(approvals.c.id == number)).mappings().one())
+
+
+def find_rejection(store: Store, model_version: str, digest: str) -> dict[str, Any] | None:
+    """A person's rejection of this version with this digest, or None."""
+    table = approvals.c
+    query = sql.select(approvals).where(table.model_version == model_version, table.decision == REJECT)
+    with store.reading() as connection:
+        rows = connection.execute(query.order_by(table.id)).mappings()
+        return next((dict(row) for row in rows if row["gate"].get("digest") == digest), None)
 
 
 def is_one_of(name: str, names: Collection[str]) -> bool:

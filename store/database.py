@@ -294,12 +294,16 @@ class Store:
         self, model_version: str, approver: str, reason: str, decision: str = "promote", gate: dict | None = None
     ) -> int:
         """Stores a named person's decision on a model version, with its audit entry; returns the approval's id."""
-        values = {"model_version": model_version, "approver": approver, "reason": reason, "decision": decision}
         with self.writing() as connection:
-            result = connection.execute(sql.insert(approvals).values(**values, gate=gate or {}, decided_at=now_us()))
-            detail = {"reason": reason, "gate": gate or {}}
-            self._append_audit(connection, approver, decision, f"model/{model_version}", detail)
-            return result.inserted_primary_key[0]
+            return self._record_decision(connection, model_version, approver, reason, decision, gate or {})
+
+    def _record_decision(
+        self, connection: Connection, model_version: str, person: str, reason: str, decision: str, gate: dict[str, Any]
+    ) -> int:
+        values = {"model_version": model_version, "approver": person, "reason": reason, "decision": decision}
+        result = connection.execute(sql.insert(approvals).values(**values, gate=gate, decided_at=now_us()))
+        self._append_audit(connection, person, decision, f"model/{model_version}", {"reason": reason, "gate": gate})
+        return result.inserted_primary_key[0]
 
     def approvals(self) -> list[dict[str, Any]]:
         """Approvals, newest first."""

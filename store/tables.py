@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 # The newest revision of `store/migrations`, which brings older stores here: a change of tables needs one.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # SQLite gives an id of its own only to a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -251,6 +251,17 @@ candidates = Table(
     Column("requested_by", String(255)),
     Column("dataset_digest", String(64)),
     Column("retrain_id", String(64)),
+)
+
+# What the jobs tell people of a model: the service has neither its bundle nor its engine sets at hand.
+model_facts = Table(
+    "model_facts",
+    schema,
+    Column("digest", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(255), primary_key=True),
+    Column("content", _Json, nullable=False),
+    Column("recorded_at", BigInteger, nullable=False),
 )
 
 dataset_versions = Table(

@@ -1,28 +1,21 @@
-"""A real Chromium without a window, driven through the DevTools protocol over a pair of pipes: no port, no driver."""
+"""Debian's Chromium without a window, driven by Playwright: pages as people see them, and what went wrong on them."""
 
 from __future__ import annotations
 
-import base64
-import itertools
-import json
 import os
 import shutil
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-ANSWER_S = 60.0
+WAIT_MS = 30_000
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless=new --remote-debugging-pipe --disable-gpu --disable-dev-shm-usage --disable-background-networking "
-    "--disable-component-update --disable-extensions --no-first-run --no-default-browser-check --disable-sync"
-).split()
+FLAGS = "--disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update".split()
+
+expect.set_options(timeout=WAIT_MS)
 
 
 def find_chromium() -> str | None:
@@ -34,192 +27,118 @@ needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="chromium is
 
 
 class Tab:
-    """A page of its own, with a session storage of its own.
+    """A page with cookies and storage of its own.
 
     Attributes:
-        problems: what the page threw, logged as an error or was refused by its policy. Answers with an error status are
-            no problem of the page.
+        page: Playwright's.
+        problems: what the page threw, logged as an error or was refused by its policy, and requests to other hosts.
+            Answers with an error status are no problem of the page.
+        bytes_by_url: bodies as they were sent, bytes.
     """
 
-    def __init__(self, browser: Browser, session: str):
-        self._browser = browser
-        self._session = session
+    def __init__(self, page: Page, url: str):
+        self.page = page
+        self.url = url
         self.problems: list[str] = []
-        browser.listeners[session] = self._note
-        for domain in ("Page", "Runtime", "Log"):
-            self.send(f"{domain}.enable")
+        self.bytes_by_url: dict[str, int] = {}
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", self._note)
+        page.on("request", self._check)
+        page.on("requestfinished", self._count)
 
-    def _note(self, method: str, params: dict[str, Any]) -> None:
-        if method == "Runtime.exceptionThrown":
-            details = params["exceptionDetails"]
-            self.problems.append(details.get("exception", {}).get("description", details["text"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
-            if params["entry"]["source"] != "network":
-                self.problems.append(params["entry"]["text"])
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.problems.append(message.text)
 
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
-        return self._browser.send(method, self._session, **params)
+    def _check(self, request: Request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("data", "blob") and parts.netloc != urlsplit(self.url).netloc:
+            self.problems.append(f"{request.url} is not of this host")
 
-    def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited if it is a promise."""
-        answer = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in answer:
-            raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
-        return answer["result"].get("value")
+    def _count(self, request: Request) -> None:
+        self.bytes_by_url[request.url] = request.sizes()["responseBodySize"]
 
-    def open(self, url: str) -> None:
-        self.send("Page.navigate", url=url)
-        self.wait_for(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+    def open(self, path: str = "/") -> Page:
+        """Loads a page of the service, pictures included."""
+        self.page.goto(self.url + path, wait_until="load")
+        return self.page
 
-    def wait_for(self, expression: str, timeout_s: float = 30.0, before: Callable[[], None] | None = None) -> Any:
-        """The expression's first truthy value. It may fail until then: between two pages there are no elements.
+    def sign_in(self, key: str, path: str = "/") -> Page:
+        """Signs in by hand, and lands on a page."""
+        self.open(f"/sign-in?next={path}")
+        self.page.get_by_label("API key").fill(key)
+        self.page.get_by_role("button", name="Sign in").click()
+        self.page.wait_for_url(lambda found: urlsplit(found).path == path)
+        return self.page
 
-        Args:
-            before: done before each look.
-        """
-        end = time.monotonic() + timeout_s
-        while True:
-            try:
-                if before is not None:
-                    before()
-                value, failure = self.evaluate(expression), ""
-            except AssertionError as error:
-                value, failure = None, str(error)
-            if value:
-                return value
-            if time.monotonic() > end:
-                text = self.evaluate("document.body.innerText")
-                raise AssertionError(f"not in {timeout_s:g} s: {expression}\n{failure}\n{self.problems}\n{text}")
-            time.sleep(0.02)
+    def cookies(self) -> dict[str, str]:
+        """The cookies of this tab by name."""
+        return {cookie["name"]: cookie["value"] for cookie in self.page.context.cookies()}
 
-    def text(self, selector: str) -> str:
-        """What a person reads there."""
-        return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
+    def load_pictures(self) -> None:
+        """Waits until every picture of the page is there; one that cannot be shown is an error."""
+        self.page.evaluate(
+            "Promise.all([...document.images].map((image) => { image.loading = 'eager'; return image.decode(); }))"
+        )
 
-    def click(self, selector: str) -> None:
-        """A click of the mouse in the middle of an element, which must be what is on top there."""
-        where = f"""(() => {{
-                const found = document.querySelector({json.dumps(selector)});
-                found.scrollIntoView({{block: "center"}});
-                const box = found.getBoundingClientRect();
-                const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
-                return found.contains(document.elementFromPoint(x, y)) ? {{x, y}} : null;
-            }})()"""
-        # Parts of the page that arrive move what is below them.
-        before, place = None, self.evaluate(where)
-        while place != before:
-            time.sleep(0.1)
-            before, place = place, self.evaluate(where)
-        assert place is not None, f"{selector} is covered or out of sight"
-        for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+    def fits(self) -> bool:
+        """Whether nothing is wider than the screen."""
+        return self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
-    def type(self, text: str, selector: str | None = None) -> None:
-        """Types into an element that is clicked first, or into what has the focus."""
-        if selector is not None:
-            # A part of the page that arrives between look and click moves what is below it.
-            self.wait_for(
-                f"document.activeElement === document.querySelector({json.dumps(selector)})",
-                before=lambda: self.click(selector),
-            )
-        self.send("Input.insertText", text=text)
-
-    def press(self, key: str, code: int, text: str = "") -> None:
-        """Presses a key of the keyboard, such as ("Enter", 13, "\\r") or ("Tab", 9)."""
-        for kind in ("keyDown", "keyUp"):
-            typed = {"text": text} if kind == "keyDown" and text else {}
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
-
-    def resize(self, width: int, height: int, dark: bool = False) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as PNG, also what is below the window."""
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
+    def width_of(self, selector: str) -> float:
+        """Of an element, CSS pixels."""
+        box = self.page.locator(selector).bounding_box()
+        assert box is not None, f"{selector} is not shown"
+        return box["width"]
 
 
-class Browser:
+class Chromium:
     """A running browser; see `chromium`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], commands: int, answers: int):
-        self._process = process
-        self._commands = commands
-        self._ids = itertools.count(1)
-        self._condition = threading.Condition()
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._ended = False
-        self.listeners: dict[str, Any] = {}
-        threading.Thread(target=self._read, args=(answers,), daemon=True).start()
+    def __init__(self, browser: Browser):
+        self._browser = browser
 
-    def _read(self, answers: int) -> None:
-        with os.fdopen(answers, "rb", buffering=0) as stream:
-            rest = b""
-            while data := stream.read(2**16):
-                *messages, rest = (rest + data).split(b"\0")
-                for message in map(json.loads, messages):
-                    if "id" in message:
-                        with self._condition:
-                            self._answers[message["id"]] = message
-                            self._condition.notify_all()
-                    elif message.get("sessionId") in self.listeners:
-                        self.listeners[message["sessionId"]](message["method"], message["params"])
-        with self._condition:
-            self._ended = True
-            self._condition.notify_all()
+    def new_tab(
+        self,
+        url: str,
+        width: int = 1280,
+        dark: bool = False,
+        scripts: bool = True,
+        cookies: Mapping[str, str] | None = None,
+    ) -> Tab:
+        """A tab for the service at `url` that has loaded nothing yet.
 
-    def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """A command's result; AssertionError where the browser refuses it or does not answer."""
-        number = next(self._ids)
-        message = {"id": number, "method": method, "params": params}
-        if session is not None:
-            message["sessionId"] = session
-        data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self._commands, data) :]
-        with self._condition:
-            answered = self._condition.wait_for(lambda: self._ended or number in self._answers, ANSWER_S)
-            assert answered and number in self._answers, f"no answer to {method}; exit status {self._process.poll()}"
-            answer = self._answers.pop(number)
-        assert "error" not in answer, f"{method}: {answer['error']}"
-        return answer["result"]
+        Args:
+            width: of the window, CSS pixels.
+            scripts: False: JavaScript is switched off.
+            cookies: of whoever is signed in; None: nobody is.
+        """
+        context = self._browser.new_context(
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
+            java_script_enabled=scripts,
+            locale="en-GB",
+            timezone_id="UTC",
+        )
+        context.set_default_timeout(WAIT_MS)
+        for name, value in (cookies or {}).items():
+            context.add_cookies([{"name": name, "value": value, "url": url}])
+        return Tab(context.new_page(), url)
 
-    def new_tab(self) -> Tab:
-        context = self.send("Target.createBrowserContext")["browserContextId"]
-        target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        return Tab(self, self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+    def close_tabs(self) -> None:
+        """Ends every tab: their service may be gone."""
+        for context in self._browser.contexts:
+            context.close()
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser until the block ends, its files in `profile`."""
-    program = find_chromium()
-    assert program is not None
+def chromium() -> Iterator[Chromium]:
+    """A browser until the block ends."""
     # Its sandbox refuses root, which containers run as.
-    flags = [*FLAGS, f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    read_commands, commands = os.pipe()
-    answers, write_answers = os.pipe()
-    # It reads file descriptor 3 and writes 4.
-    moved = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'
-    process = subprocess.Popen(
-        ["bash", "-c", moved, program, *flags],
-        pass_fds=(read_commands, write_answers),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(read_commands)
-    os.close(write_answers)
-    browser = Browser(process, commands, answers)
-    try:
-        yield browser
-    finally:
-        # At the end of its commands it ends itself, with all its processes.
-        os.close(commands)
+    flags = [*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
         try:
-            process.wait(ANSWER_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield Chromium(running)
+        finally:
+            running.close()

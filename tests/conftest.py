@@ -15,9 +15,10 @@ import pytest
 
 from local.cluster import LocalCluster
 from local.head_environment import LOOPBACK_ONLY
+from tests.page_fixtures import _browser, browser, local, nodes, reference
 from tests.postgres_server import any_store_url, postgres_server, postgres_url
 
-__all__ = ["any_store_url", "postgres_server", "postgres_url"]
+__all__ = ["_browser", "any_store_url", "browser", "local", "nodes", "postgres_server", "postgres_url", "reference"]
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SERVER_MARKS = ("ray", "browser", "slow", "postgres")

@@ -114,6 +114,7 @@ _good: dict[str, st.SearchStrategy[Any]] = {
     "label": st.sampled_from(["benign", "malignant"]),
     "trigger": st.sampled_from(["manual", "drift", "schedule", "new_labels"]),
     "confidence": st.floats(0, 1),
+    "model_version": st.just("7"),
 }
 _text = st.sampled_from(["clinic", "Dr Weber", "é"])
 

@@ -62,7 +62,10 @@ def place(tmp_path, dermray_home):
     (folder / "blurred.jpg").write_bytes(blurred.tobytes())
     names = {"caller": "clinic"}
     keys = {role: create_api_key(local.log.store, names.get(role, role), role, "admin")[1] for role in ROLES}
-    record_candidate(local.log.store, "8", "a" * 64, {"none": {"auc": {"value": 0.91}}})
+    for version, digest in (("8", "a" * 64), ("9", "b" * 64)):
+        record_candidate(local.log.store, version, digest, {"none": {"auc": {"value": 0.91}}})
+    for version, previous in (("6", None), ("7", "6")):
+        local.log.store.record_approval(version, "Dr Adams", "", "promote", {"previous": previous})
     missed = PredictionRecord(id="missed", model_version="7", context="none", risk=0.01, threshold=0.05)
     local.log.write([missed], {})
     with http_server(local, require_keys=True) as url:
@@ -160,6 +163,7 @@ def test_every_route_is_on_the_page(place):
     schema = build_api(backend(place.local.service, place.local.log)).openapi()
     commands = re.sub(r"\\\n\s*", " ", "\n".join(SHELL))
     commands = commands.replace("/alarms/1/", "/alarms/{}/").replace("/candidates/8/", "/candidates/{}/")
+    commands = commands.replace("/candidates/9/", "/candidates/{}/")
     commands = re.sub(r"/\$[A-Z]+|/patient-17", "/{}", commands)
     used = {match.rstrip("/") for match in re.findall(r"\$DERMRAY(/[\w/{}]*)", commands)}
     assert used == {re.sub(r"\{\w+(:path)?\}", "{}", path) for path in schema["paths"]}

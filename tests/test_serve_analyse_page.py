@@ -13,23 +13,8 @@ import pytest
 from serve.page_pictures import PAGE_SIDE
 from serve.settings import UploadLimits
 from store.errors import StoreUnavailableError
-from tests.bundle_factory import LocalFusion, LocalScorer, lesion_image, served_bundle
+from tests.bundle_factory import lesion_image
 from tests.local_service import LocalService
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return served_bundle(tmp_path_factory.mktemp("analyse") / "bundle", version="3")
-
-
-@pytest.fixture(scope="module")
-def nodes(reference):
-    return LocalScorer(reference), LocalFusion(reference)
-
-
-@pytest.fixture
-def local(reference, nodes, tmp_path):
-    return LocalService(reference, tmp_path, nodes=nodes)
 
 
 def hidden(local) -> dict[str, str]:

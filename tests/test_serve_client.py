@@ -185,7 +185,10 @@ def test_what_is_wrong_is_not_sent_again(kind, status, error):
 
 
 @CLIENTS
-@pytest.mark.parametrize("do", [lambda c: c.retrain("new camera"), lambda c: c.approve("4", "fewer missed")])
+@pytest.mark.parametrize(
+    "do",
+    [lambda c: c.retrain("new camera"), lambda c: c.approve("4", "fewer missed"), lambda c: c.ask_rollback("4", "x")],
+)
 def test_orders_are_sent_again_only_where_the_service_cannot_have_begun(kind, do):
     for answer in (httpx.ReadError("reset"), httpx.ReadTimeout("slow"), (503, LATER, {"Retry-After": "1"}), (504,)):
         script = Script(answer)
@@ -464,8 +467,13 @@ def test_alarms_figures_and_the_way_to_a_new_model(client, served):
     assert [alarm.id for alarm in client.alarms(unacknowledged=True)] == [3, 1]
     assert client.summary(hours=1).predictions == 4
     record_candidate(served.log.store, "8", "a" * 64, {})
+    record_candidate(served.log.store, "9", "b" * 64, {})
+    assert client.reject("9", "takes scars for melanomas").rejected_by
     assert client.approve("8", "fewer missed").model_version == "8"
-    assert client.candidates()[0].approvals[0].reason == "fewer missed"
+    assert client.candidates()[1].approvals[0].reason == "fewer missed"
+    for version, previous in (("7", None), ("8", "7")):
+        served.log.store.record_approval(version, "Ada", "", "promote", {"previous": previous})
+    assert client.ask_rollback("8", "misses on site 4").model_version == "8"
     mark_candidate(served.log.store, "8", "a" * 64, "promoted")
     with pytest.raises(ConflictError, match="promoted already"):
         client.approve("8", "again")

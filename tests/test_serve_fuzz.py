@@ -49,6 +49,8 @@ EXAMPLES = {
     "GET /v1/retrain/{retrain_id}": 30,
     "GET /v1/candidates": 5,
     "POST /v1/candidates/{version}/approve": 25,
+    "POST /v1/candidates/{version}/reject": 15,
+    "POST /v1/champion/rollback": 15,
     "GET /v1/model": 3,
     "GET /healthz": 3,
     "GET /readyz": 3,
@@ -87,6 +89,8 @@ class Fuzzed:
         for version in ("4", "5"):
             record_candidate(self.store, version, "ab" * 32, {"none": {"auc": {"value": 0.9}}})
             self.known.add("version", version)
+        for version, previous in (("6", None), ("7", "6")):
+            self.store.record_approval(version, "Ada", "", "promote", {"previous": previous})
         self.num_sent = 0
         self._send_first_ones()
 

@@ -13,23 +13,8 @@ from serve.key_ring import KeyRing
 from serve.rate_limit import TokenBuckets
 from serve.sessions import COOKIE
 from store.api_keys import create_api_key, list_api_keys, revoke_api_key
-from tests.bundle_factory import LocalFusion, LocalScorer, backend, lesion_image, served_bundle
+from tests.bundle_factory import backend, lesion_image
 from tests.local_service import LocalService
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return served_bundle(tmp_path_factory.mktemp("pages") / "bundle", version="3")
-
-
-@pytest.fixture(scope="module")
-def nodes(reference):
-    return LocalScorer(reference), LocalFusion(reference)
-
-
-@pytest.fixture
-def local(reference, nodes, tmp_path):
-    return LocalService(reference, tmp_path, nodes=nodes)
 
 
 class Guarded:
@@ -38,7 +23,9 @@ class Guarded:
     def __init__(self, local: LocalService):
         store = local.log.store
         self.store = store
-        self.keys = {role: create_api_key(store, f"a {role}", role, "test") for role in ("caller", "reviewer")}
+        self.keys = {
+            role: create_api_key(store, f"a {role}", role, "test") for role in ("caller", "reviewer", "approver")
+        }
         self.ring = KeyRing(lambda: list_api_keys(store, live_only=True), refresh_s=0.02)
         self.backend = backend(local.service, local.log, keys=self.ring)
         self.client = TestClient(build_api(self.backend), raise_server_exceptions=False, follow_redirects=False)
@@ -135,7 +122,7 @@ def posts(api) -> list[str]:
 
 
 def test_every_form_of_the_pages_needs_its_session_s_token(guarded, local):
-    guarded.sign_in("reviewer")
+    guarded.sign_in("approver")
     own = token_of(guarded.client.get("/").text)
     other = token_of(TestClient(local.api).get("/").text)
     paths = posts(build_api(guarded.backend))

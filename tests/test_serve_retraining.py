@@ -13,9 +13,11 @@ from monitoring.prediction_log import PredictionLog
 from serve.access import Caller
 from serve.candidate_routes import add_candidate_routes
 from serve.http_errors import add_error_handlers
+from serve.model_decisions import ModelDecisions
 from serve.retrain_routes import add_retrain_routes
 from store import audit_chain
 from store.candidates import mark_candidate, open_approval, record_candidate, requesters
+from store.champions import open_rollback
 from store.retraining_queue import claim_retraining, fail_retraining
 from store.tables import candidates, retrain_requests
 
@@ -31,7 +33,7 @@ class Routes:
         api = FastAPI()
         add_error_handlers(api)
         add_retrain_routes(api, self.log, 2)
-        add_candidate_routes(api, self.log, 2)
+        add_candidate_routes(api, ModelDecisions(self.log, 2))
         self.caller = Caller("Ada", "approver")
 
         async def with_caller(scope, receive, send):
@@ -259,6 +261,36 @@ def test_a_promotion_uses_an_approval_up(routes):
     assert open_approval(store, "4", DIGEST)["approver"] == "Ada"
     store.record_approval("4", "Ada", "fewer missed melanomas", "promote")
     assert open_approval(store, "4", DIGEST) is None
+
+
+def test_a_rejection_is_on_record_and_final(routes):
+    record_candidate(routes.log.store, "4", DIGEST, GATE)
+    routes.approve()
+    response = routes.client.post("/v1/candidates/4/reject", json={"reason": "takes scars for melanomas"})
+    assert response.status_code == 200
+    told = {name: response.json()[name] for name in ("model_version", "rejected_by", "reason")}
+    assert told == {"model_version": "4", "rejected_by": "Ada", "reason": "takes scars for melanomas"}
+    again = routes.client.post("/v1/candidates/4/reject", json={"reason": "twice"})
+    for refused in (again, routes.approve()):
+        problem(refused, 409, "candidate 4 is rejected already")
+    problem(routes.client.post("/v1/candidates/5/reject", json={"reason": "x"}), 404, "no such candidate")
+    assert [row["decision"] for row in routes.log.store.approvals()] == ["reject", "approve"]
+
+
+def test_a_rollback_waits_for_its_job_in_the_name_of_who_asked_first(routes):
+    store, order = routes.log.store, {"model_version": "4", "reason": "misses on site 4"}
+    problem(
+        routes.client.post("/v1/champion/rollback", json=order), 409, "version 4 is not the champion, there is none"
+    )
+    for version, previous in (("3", None), ("4", "3")):
+        store.record_approval(version, "Ada", "", "promote", {"previous": previous})
+    response = routes.client.post("/v1/champion/rollback", json=order)
+    assert response.status_code == 202
+    told = {name: response.json()[name] for name in ("model_version", "asked_by", "reason")}
+    assert told == {"model_version": "4", "asked_by": "Ada", "reason": "misses on site 4"}
+    routes.caller = Caller("Bob", "approver")
+    assert routes.client.post("/v1/champion/rollback", json=order).json() == response.json()
+    assert open_rollback(store)["approver"] == "Ada"
 
 
 def test_a_store_that_does_not_answer_gives_503(tmp_path):
