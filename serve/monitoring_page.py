@@ -159,6 +159,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
         now, model = now_us(), service.model
         figures, card = await asyncio.gather(_or_none(data.figures(_model(), now, query.hours)), _card())
         shown = {"as_of": now, "figures": figures, "version": model.reference.version, "windows": WINDOWS}
+        shown["answered"] = figures is not None
         if figures is None:
             return shown
         gate = {name: found["metrics"].get("gate", {}) for name, found in (card or {}).get("contexts", {}).items()}
@@ -184,6 +185,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
         listed = await _or_none(data.alarms(unacknowledged, quieted, after, _PER_PAGE, query.acknowledged))
         last = listed.rows[-1] if listed is not None and listed.more else None
         return {
+            "answered": listed is not None,
             "alarms": listed,
             "older": None if last is None else encode_cursor(last["raised_at"], last["id"]),
             "filters": SHOWN,
@@ -195,7 +197,9 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
         allowed = caller.may("approver")
         listed = await _or_none(data.retrainings(query.asked)) if allowed else None
         requests, asked = listed or (None, None)
-        return {"may_train": allowed, "requests": requests, "asked": asked, "reader": caller.name}
+        answered = not allowed or listed is not None
+        shown = {"may_train": allowed, "requests": requests, "asked": asked, "reader": caller.name}
+        return {"answered": answered, **shown}
 
     parts = {"now": _now, "alarms": _alarms, "figures": _figures, "retraining": _retraining}
 
@@ -215,7 +219,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
         if "hx-request" not in request.headers:
             return RedirectResponse(f"{query.address()}#{name}", 303)
         shown = await parts[name](query, caller_of(request))
-        if any(shown.get(key, "") is None for key in ("figures", "alarms")):
+        if not shown.get("answered", True):
             # What the page shows is older, and worth more than nothing.
             raise service.unavailable("the store does not answer")
         synthetic = service.model.task.synthetic

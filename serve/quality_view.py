@@ -161,9 +161,9 @@ def _stored(context: str, report: Mapping[str, Any] | None) -> tuple[list[Qualit
         return [], None
     source = f"Check of {window_name(report)}, {quality['trailing_days']} days"
     rows = [_row(source, figures, figures["n"], figures["n_malignant"], figures["missed"])]
-    if figures["corrected"] is not None:
+    if figures.get("corrected") is not None:
         rows.append(_row("The same, corrected for who is labelled", figures["corrected"]))
-    return rows, figures["not_corrected"]
+    return rows, figures.get("not_corrected")
 
 
 def _row(source: str, figures: Mapping[str, Any], *counts: int) -> QualityRow:
