@@ -1,6 +1,6 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo down test test-all lint ham10000
+.PHONY: help setup demo down screenshots test test-all lint ham10000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,9 @@ demo: $(INSTALLED)  ## synthetic data, search, training, service and drift check
 
 down: $(INSTALLED)  ## stop what `make demo` left running
 	@$(BIN)/python -m local.down
+
+screenshots: $(INSTALLED)  ## pictures of the running demo's pages, into docs/screenshots
+	@$(BIN)/python -m local.screenshots
 
 lint: $(INSTALLED)  ## style and import directions
 	@$(BIN)/ruff check .

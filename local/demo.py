@@ -1,7 +1,7 @@
 """`make demo`: the whole path on synthetic lesions, each step a job submitted to a Ray cluster on this host.
 
-data, search, training, engine, promotion, service, an ordinary and a shifted day of requests, drift check of both and
-by the timer.
+data, search, training, engine, promotion, service, an ordinary and a shifted day of requests, labels of the ordinary
+one, drift check of both and by the timer.
 The service stays up until `make down`. A step that fails ends the demo and its cluster, with the step's reason.
 """
 
@@ -25,8 +25,10 @@ from data_pipelines.synthetic_dataset import SHIFTS, write_sample
 from local.cluster import LocalCluster
 from local.down import CLUSTER_FOLDER, DEMO_HOME
 from local.jobs import run_job_on, run_scheduled
-from local.traffic import metadata_fields, read_lesions, send_day
-from serve.client import DermrayError
+from local.replay import Answer, read_classes, send_labels
+from local.traffic import Lesion, metadata_fields, read_lesions, send_day
+from serve.api import Prediction
+from serve.client import DermrayClient, DermrayError
 
 # Written into the demo's folder: only a folder with it, or an empty one, is ever cleared.
 MARKER = "DEMO"
@@ -164,19 +166,25 @@ def _gate_line(result: dict[str, Any]) -> str:
     return "gate AUC " + ", ".join(parts)
 
 
-def send_traffic(demo: Demo, name: str, url: str, seed: int) -> tuple[datetime, datetime]:
-    """A day of requests from patients that trained nothing; returns the window of the log that holds them.
+def send_traffic(demo: Demo, name: str, url: str, seed: int) -> tuple[tuple[datetime, datetime], list[Answer]]:
+    """A day of requests from patients that trained nothing; returns the window of the log that holds them, and what
+    each lesion became.
 
     The window is the time of the sending itself: the log is dated by the service's clock, and no one may set that.
     """
     window: list[datetime] = []
+    answers: list[Answer] = []
 
     def run() -> str:
         folder = demo.home / "traffic" / name
         write_sample(folder, DAY_PATIENTS, DAY_LESIONS, DAY_PREVALENCE, seed, SHIFTS[DAYS[name]], lambda _: None)
         lesions = list(read_lesions(folder / "train-image.hdf5", folder / "train-metadata.csv", metadata_fields(url)))
         window.append(datetime.now(UTC))
-        day = send_day(url, lesions)
+
+        def note(lesion: Lesion, answer: Prediction) -> None:
+            answers.append(Answer(lesion.image_id, answer.prediction_id, datetime.now(UTC)))
+
+        day = send_day(url, lesions, on_answer=note)
         window.append(datetime.now(UTC))
         if day.answered != day.sent:
             raise DemoError(f"{day.sent - day.answered} of {day.sent} requests failed: {dict(day.statuses)}")
@@ -185,7 +193,24 @@ def send_traffic(demo: Demo, name: str, url: str, seed: int) -> tuple[datetime, 
         return f"{day.answered} answered, {figures['requests_per_s']}/s, p50 {figures['p50_ms']} ms; {bands}"
 
     demo.stage(f"{name} day", run)
-    return window[0], window[1]
+    return (window[0], window[1]), answers
+
+
+def label_day(demo: Demo, name: str, url: str, answers: list[Answer]) -> None:
+    """What the generator knows of a day's lesions, as a reader's labels: quality can be measured, and what the model
+    missed is an alarm."""
+
+    def run() -> str:
+        with DermrayClient(url, trust_env=False) as client:
+            names = client.model().classes
+            classes = read_classes(demo.home / "traffic" / name / "train-metadata.csv", "target", names)
+            now = datetime.now(UTC)
+            sent = send_labels(url, [(answer, classes[answer.image_id], now) for answer in answers], "demo reader")
+            missed = client.summary(hours=24).missed_cancers
+        words = ", ".join(f"{count} {label}" for label, count in sorted(sent.items()))
+        return f"{words}; the model missed {missed}"
+
+    demo.stage(f"labels of the {name} day", run)
 
 
 def check_day(demo: Demo, name: str, window: tuple[datetime, datetime], expect_alarm: bool) -> dict[str, Any]:
@@ -250,8 +275,9 @@ def run_demo(home: Path) -> None:
             lambda r: f"version {r['model_version']} with {r['engine']} at {r['url']}",
         )
         url = deployed["url"]
-        ordinary = send_traffic(demo, "ordinary", url, seed=101)
-        shifted = send_traffic(demo, "shifted", url, seed=102)
+        ordinary, answers = send_traffic(demo, "ordinary", url, seed=101)
+        shifted, _ = send_traffic(demo, "shifted", url, seed=102)
+        label_day(demo, "ordinary", url, answers)
         reports = [
             check_day(demo, "ordinary", ordinary, expect_alarm=False),
             check_day(demo, "shifted", shifted, expect_alarm=True),
@@ -274,6 +300,7 @@ MLflow     .venv/bin/mlflow ui --backend-store-uri sqlite:///{home}/mlflow.db --
 drift      {reports[0]["html"]}
            {reports[1]["html"]}
 try        {request}
+pictures   make screenshots
 stop       make down""")
 
 

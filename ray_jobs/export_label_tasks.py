@@ -10,13 +10,13 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from data_pipelines.label_studio import label_task, labelling_config
 from modeling.moments import MomentUs
 from ray_jobs.job import Location, run_job, say
 from ray_jobs.model_choice import ModelChoice
 from store.database import StoreUnavailableError, open_store
 from store.image_files import ImageFiles
 from store.label_consensus import State
+from store.label_studio import label_task, labelling_config
 from store.label_tasks import LabelTask, select_label_tasks
 from store.prediction_records import PredictionFilter
 from store.synced_files import replace_synced

@@ -11,20 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data_pipelines.label_files import (
-    CSV,
-    LABEL_STUDIO,
-    LabelFile,
-    LabelProblem,
-    PlacedLabel,
-    read_csv_labels,
-    read_label_studio,
-)
 from ray_jobs.job import Location, run_job, say
 from ray_jobs.model_choice import ModelChoice
-from store.database import Store, StoreUnavailableError, open_store
-from store.labels import ReaderAdjudicatesError, add_label
-from store.shadow_records import is_shadow_id
+from store.database import StoreUnavailableError, open_store
+from store.label_files import CSV, LABEL_STUDIO, LabelFile, read_csv_labels, read_label_studio
+from store.label_import import store_labels
 from store.synced_files import replace_synced
 
 ACTOR = "import_labels"
@@ -60,27 +51,8 @@ def read(config: ImportLabelsConfig, data: bytes) -> LabelFile:
     return found
 
 
-def store_labels(store: Store, labels: list[PlacedLabel], actor: str) -> tuple[Counter[str], list[LabelProblem]]:
-    """Adds the labels, each in its own transaction; counts `added, known, outdated, alarms`, and the refused ones:
-    `unknown_prediction`, `reader_adjudicates`."""
-    counts: Counter[str] = Counter(added=0, known=0, outdated=0, alarms=0)
-    problems = []
-    for place, label in labels:
-        try:
-            # Nobody was answered by a shadow's record.
-            added = None if is_shadow_id(label.prediction_id) else add_label(store, label, actor)
-        except ReaderAdjudicatesError as error:
-            problems.append(LabelProblem(place, label.prediction_id, "reader_adjudicates", str(error)))
-            continue
-        if added is None:
-            detail = "no such prediction in the log: never made, or erased"
-            problems.append(LabelProblem(place, label.prediction_id, "unknown_prediction", detail))
-            continue
-        counts["outdated" if added.outdated else "added" if added.is_new else "known"] += 1
-        if added.alarm is not None:
-            counts["alarms"] += 1
-            say(f"ALARM {added.alarm['kind']}: {added.alarm['message']}")
-    return counts, problems
+def _say_alarm(alarm: dict[str, Any]) -> None:
+    say(f"ALARM {alarm['kind']}: {alarm['message']}")
 
 
 def run(config: ImportLabelsConfig) -> dict[str, Any]:
@@ -94,7 +66,7 @@ def run(config: ImportLabelsConfig) -> dict[str, Any]:
     try:
         store = open_store(config.store_url, create=False)
         try:
-            counts, refused = store_labels(store, found.labels, config.actor)
+            counts, refused = store_labels(store, found.labels, config.actor, _say_alarm)
         finally:
             store.close()
     except StoreUnavailableError as error:

@@ -15,6 +15,8 @@ from serve.backend import Backend
 from serve.front_door import Door
 from serve.gauges import watch_admission
 from serve.http_errors import Unforeseen
+from serve.label_exchange import MAX_EXPORT_BYTES
+from serve.label_studio_page import LABELS_PATH
 from serve.middleware import BodyLimit, NoticeHeader
 from serve.page_access import PageGuard
 from serve.page_problems import PageProblems
@@ -50,7 +52,7 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
         # From the innermost to the outermost.
         app = AdmissionGuard(app, admission, waiting, largest)
         # Around it, since it reads bodies: they are bounded in length and in time from the first byte on.
-        app = BodyLimit(app, largest, _FORM_BYTES)
+        app = BodyLimit(app, largest | {LABELS_PATH: MAX_EXPORT_BYTES + _FORM_BYTES}, _FORM_BYTES)
         app = ReadDeadline(app, limits.max_pause_s, limits.min_bytes_per_s)
         app = Replays(app, service.settings.accept_replays)
         if backend.keys is not None:

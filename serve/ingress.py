@@ -27,6 +27,7 @@ from serve.guards import build_door
 from serve.http_errors import add_error_handlers
 from serve.key_ring import KeyRing
 from serve.label_routes import add_label_routes
+from serve.label_studio_page import add_label_studio_routes
 from serve.lesion_scoring import LesionScoring
 from serve.metrics import ModelInfo, replica_metrics
 from serve.model_decisions import ModelDecisions
@@ -106,6 +107,7 @@ def build_api(backend: Backend) -> _Api:
     add_analyse_routes(api, backend)
     add_review_routes(api, backend)
     add_monitoring_routes(api, backend)
+    add_label_studio_routes(api, backend)
     add_models_routes(api, backend, decisions)
     add_about_routes(api, backend)
     add_page_routes(api)

@@ -19,7 +19,7 @@ _ADVICE = {
     404: "Check the address, or start again.",
     408: "The upload was too slow. Try smaller pictures, or a better connection.",
     409: "Start again from the first page.",
-    413: "Send fewer or smaller pictures.",
+    413: "Send fewer or smaller pictures, or a smaller file.",
     415: "Send a JPEG, PNG or WebP picture.",
     422: "Correct the field, then send the form again.",
     429: "Wait a moment, then try again.",

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sql
+from sqlalchemy.engine import Connection
 
 from store.database import Store
+from store.erased_patients import keep_erasures_out
 from store.prediction_records import PredictionFilter
 from store.tables import images, predictions
+
+HANDED_OUT = "hand_out_label_tasks"
 
 _PAGE_ROWS = 5_000
 # Below the fewest parameters that either database takes in one statement.
@@ -67,6 +71,26 @@ def select_label_tasks(
     return [LabelTask(row, chosen[row["id"]]) for row in rows], total
 
 
+def record_handout(store: Store, name: str, ids: Collection[str], actor: str, detail: dict[str, Any]) -> frozenset[str]:
+    """Notes in the audit trail that tasks and their pictures leave the service, unless some of them are gone.
+
+    An erasure either came before, and its records are found gone here, or comes after the entry.
+
+    Args:
+        name: of the tasks.
+        detail: what the entry says of them; no patient content.
+
+    Returns:
+        Ids whose record or picture is no longer kept, erased since they were chosen: with any, nothing was noted.
+    """
+    with store.writing() as connection:
+        keep_erasures_out(connection)
+        gone = frozenset(ids) - {row["id"] for row in _rows_in(connection, sorted(ids))}
+        if not gone:
+            store._append_audit(connection, actor, HANDED_OUT, f"label_tasks/{name}", detail)
+    return gone
+
+
 def _keep_least(heap: list, negative: float, prediction_id: str, size: int) -> None:
     if len(heap) < size:
         heapq.heappush(heap, (negative, prediction_id))
@@ -104,15 +128,19 @@ def _pages(store: Store, wanted: PredictionFilter) -> Iterator[tuple[str, float 
 
 
 def _rows(store: Store, ids: list[str]) -> list[dict[str, Any]]:
+    with store.reading() as connection:
+        return _rows_in(connection, ids)
+
+
+def _rows_in(connection: Connection, ids: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     columns = [predictions.c[name] for name in (*_SHOWN, *_SCORES)]
-    with store.reading() as connection:
-        for start in range(0, len(ids), _CHUNK):
-            query = (
-                sql.select(*columns, images.c.suffix)
-                .join(images, images.c.hash == predictions.c.image_hash)
-                .where(predictions.c.id.in_(ids[start : start + _CHUNK]))
-                .order_by(predictions.c.id)
-            )
-            found += [dict(row) for row in connection.execute(query).mappings()]
+    for start in range(0, len(ids), _CHUNK):
+        query = (
+            sql.select(*columns, images.c.suffix)
+            .join(images, images.c.hash == predictions.c.image_hash)
+            .where(predictions.c.id.in_(ids[start : start + _CHUNK]))
+            .order_by(predictions.c.id)
+        )
+        found += [dict(row) for row in connection.execute(query).mappings()]
     return found

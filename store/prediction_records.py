@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,16 @@ def predictions_by_id(store: Store, ids: Sequence[str]) -> dict[str, dict[str, A
         for start in range(0, len(ids), _CHUNK):
             query = sql.select(*_COLUMNS).where(predictions.c.id.in_(ids[start : start + _CHUNK]))
             found |= {row["id"]: dict(row) for row in connection.execute(query).mappings()}
+    return found
+
+
+def known_predictions(store: Store, ids: Collection[str]) -> set[str]:
+    """Those of the ids that the log has."""
+    wanted, found = sorted(ids), set()
+    with store.reading() as connection:
+        for start in range(0, len(wanted), _CHUNK):
+            query = sql.select(predictions.c.id).where(predictions.c.id.in_(wanted[start : start + _CHUNK]))
+            found.update(connection.execute(query).scalars())
     return found
 
 

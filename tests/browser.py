@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -11,16 +9,10 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
+from local.chromium import find_chromium, launch_options
+
 WAIT_MS = 30_000
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = "--disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update".split()
-
 expect.set_options(timeout=WAIT_MS)
-
-
-def find_chromium() -> str | None:
-    """The installed browser's program, or None."""
-    return next((found for found in map(shutil.which, PROGRAMS) if found), None)
 
 
 needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed")
@@ -134,10 +126,8 @@ class Chromium:
 @contextmanager
 def chromium() -> Iterator[Chromium]:
     """A browser until the block ends."""
-    # Its sandbox refuses root, which containers run as.
-    flags = [*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=find_chromium(), args=flags)
+        running = playwright.chromium.launch(**launch_options())
         try:
             yield Chromium(running)
         finally:

@@ -42,7 +42,8 @@ def local(reference: ModelReference, nodes: tuple[LocalScorer, LocalFusion], der
     return LocalService(reference, dermray_home, nodes=nodes)
 
 
-@pytest.fixture(scope="session")
+# Not of the session: Playwright keeps an event loop running in this thread, and other modules call `asyncio.run`.
+@pytest.fixture(scope="module")
 def _browser() -> Iterator[Chromium]:
     from tests.browser import chromium
 

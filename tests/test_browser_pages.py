@@ -26,7 +26,10 @@ PAGES: dict[str, dict[str, Callable[[BusyClinic, Tab], str]]] = {
         "twelve pictures": lambda clinic, tab: clinic.upload(tab.cookies(), tab.url, 12),
         "nothing there": lambda clinic, tab: "/results/page-none?n=1",
     },
-    "review": {"queue": lambda clinic, tab: "/review"},
+    "review": {
+        "queue": lambda clinic, tab: "/review",
+        "label studio": lambda clinic, tab: "/review/label-studio",
+    },
     "models": {"candidate": lambda clinic, tab: "/models"},
     "about": {"about": lambda clinic, tab: "/about"},
     "sign-in": {"sign-in": lambda clinic, tab: "/sign-in"},

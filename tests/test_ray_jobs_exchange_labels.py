@@ -19,6 +19,7 @@ from store.label_consensus import truths_of
 from store.labels import NewLabel, add_label
 from store.tables import labels
 from tests.bundle_factory import lesion_image
+from tests.label_studio import annotated
 from tests.tiny_bundle import tiny_bundle
 
 THRESHOLD = 0.05
@@ -117,16 +118,6 @@ def test_flags_take_dates_and_refuse_what_is_none():
         parse_config(ExportLabelTasksConfig, ["--since", "May"])
     with pytest.raises(ValueError, match="until is not after since"):
         parse_config(ExportLabelTasksConfig, ["--since", "2024-05-02", "--until", "2024-05-02"])
-
-
-def annotated(tasks, choice="malignant", by=1, at="2024-06-01T00:00:00Z", first=100):
-    """What Label Studio exports once an annotator has gone through the tasks."""
-    out = []
-    for number, task in enumerate(tasks):
-        results = [{"from_name": "class", "to_name": "lesion", "type": "choices", "value": {"choices": [choice]}}]
-        given = {"id": first + number, "completed_by": by, "result": results, "was_cancelled": False}
-        out.append({"id": number, "data": task["data"], "annotations": [{**given, "created_at": at, "updated_at": at}]})
-    return out
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from data_pipelines.label_files import read_csv_labels, read_label_studio
-from data_pipelines.label_studio import label_task, labelling_config, suggested_class
+from store.label_files import read_csv_labels, read_label_studio
+from store.label_studio import label_task, labelling_config, suggested_class
 from store.label_tasks import LabelTask
 from tests.tiny_bundle import tiny_task
 
@@ -62,6 +62,8 @@ def test_an_annotator_gets_a_name(by, name):
         (exported(annotation(result=[])), "malformed", "class is None; expected one choice"),
         (exported(annotation(result="x")), "malformed", "class is None"),
         (exported(annotation(number=None)), "malformed", "id is None"),
+        (exported(annotation(number=10**300)), "malformed", "id is 1000"),
+        (exported(annotation(number=-1)), "malformed", "id is -1; expected a number"),
         (exported(annotation(updated_at="yesterday")), "malformed", "updated_at is 'yesterday'"),
         (exported(annotation(updated_at="2999-01-01T00:00:00Z")), "in_future", "clock"),
         (exported(annotation(completed_by=None)), "malformed", "labeller is None"),
@@ -84,6 +86,33 @@ def test_what_is_no_export_is_refused(content):
         read(content)
     with pytest.raises(ValueError, match="not JSON"):
         read_label_studio(b"\xff", TASK, "main", {})
+
+
+def test_a_label_and_a_problem_say_which_task_they_are_of():
+    flat = {"id": 9, "annotation_id": 5, "prediction_id": "p", "annotator": 1, "created_at": AT}
+    for content in (exported(annotation()), [{**flat, "class": "benign"}]):
+        assert [item.task for item in read(content).labels] == [9]
+    for content in (exported(annotation(choice="wart")), [flat]):
+        assert [problem.task for problem in read(content).problems] == [9]
+    assert read(exported(annotation(), id="nine")).labels[0].task is None
+
+
+def test_more_annotations_than_asked_for_are_refused():
+    content = json.dumps(exported(annotation(1), annotation(2), annotation(3, "wart"))).encode()
+    assert len(read_label_studio(content, TASK, "main", {}, most=3).labels) == 2
+    with pytest.raises(ValueError, match="more than 2 annotations"):
+        read_label_studio(content, TASK, "main", {}, most=2)
+
+
+@pytest.mark.parametrize("depth", [900, 960, 980, 990, 1000, 100_000])
+def test_lists_in_lists_are_a_listed_problem_or_no_json(depth):
+    content = json.dumps(exported(annotation(number="here"))).replace('"here"', "[" * depth + "]" * depth)
+    try:
+        (problem,) = read_label_studio(content.encode(), TASK, "main", {}).problems
+        found = problem.detail
+    except ValueError as error:
+        found = str(error)
+    assert found.startswith(("id is [[", "not JSON: ")) and len(found) < 200
 
 
 def test_a_labellers_later_annotation_comes_last_whatever_the_files_order():

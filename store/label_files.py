@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from data_pipelines.label_studio import CLASS, Annotation, annotations
-from modeling.schema import TaskSpec
+from store.label_studio import CLASS, Annotation, Classes, annotations
 from store.labels import NewLabel
 from store.tables import now_us
 
@@ -34,19 +33,24 @@ class LabelProblem(NamedTuple):
     """An entry that gives no label: where it stands, whose it is (None: unknown), a reason and what was found.
 
     Reasons here: `cancelled`, `malformed`, `unknown_class`, `in_future`.
+
+    Attributes:
+        task: the id of its task in Label Studio; None where there is none.
     """
 
     place: str
     prediction_id: str | None
     reason: str
     detail: str
+    task: int | None = None
 
 
 class PlacedLabel(NamedTuple):
-    """A label and where it stands in its file."""
+    """A label and where it stands in its file; `task` as in `LabelProblem`."""
 
     place: str
     label: NewLabel
+    task: int | None = None
 
 
 class LabelFile(NamedTuple):
@@ -62,7 +66,9 @@ class _RefusedError(ValueError):
         self.reason = reason
 
 
-def read_label_studio(data: bytes, task: TaskSpec, instance: str, labellers: Mapping[str, str]) -> LabelFile:
+def read_label_studio(
+    data: bytes, task: Classes, instance: str, labellers: Mapping[str, str], most: int | None = None
+) -> LabelFile:
     """The annotations of a Label Studio export, JSON or JSON-MIN.
 
     An annotation is known by `<instance>/<its id>@<its time of change>`: edited, it is another label of its annotator.
@@ -71,29 +77,33 @@ def read_label_studio(data: bytes, task: TaskSpec, instance: str, labellers: Map
         instance: a name for the Label Studio, which numbers annotations; JSON-MIN names no project.
         labellers: names by annotator's number or email; others are called
             `<instance> user <number>`, or by their email.
+        most: annotations that are read; None sets no bound.
 
     Raises:
-        ValueError: not such an export.
+        ValueError: not such an export, or one with more annotations than `most`.
     """
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {' '.join(str(error).split())}") from error
     labels, problems = [], []
-    for given in annotations(content):
-        place = f"annotation {_shown(given.number)}"
+    for count, given in enumerate(annotations(content)):
+        if count == most:
+            raise ValueError(f"more than {most} annotations")
+        place, number = f"annotation {_shown(given.number)}", given.task if isinstance(given.task, int) else None
         try:
-            labels.append(PlacedLabel(place, _of_annotation(given, task, instance, labellers)))
+            labels.append(PlacedLabel(place, _of_annotation(given, task, instance, labellers), number))
         except _RefusedError as error:
             whose = given.prediction_id if isinstance(given.prediction_id, str) else None
-            problems.append(LabelProblem(place, whose, error.reason, str(error)))
+            problems.append(LabelProblem(place, whose, error.reason, str(error), number))
     return _in_order(labels, problems)
 
 
-def _of_annotation(given: Annotation, task: TaskSpec, instance: str, labellers: Mapping[str, str]) -> NewLabel:
+def _of_annotation(given: Annotation, task: Classes, instance: str, labellers: Mapping[str, str]) -> NewLabel:
     if given.cancelled:
         raise _RefusedError("cancelled", "the annotator skipped the task")
-    if not isinstance(given.number, int):
+    # Part of the label's name in the store, which has room for so many digits.
+    if not isinstance(given.number, int) or not 0 <= given.number < 2**63:
         raise _RefusedError("malformed", f"id is {_shown(given.number)}; expected a number")
     choices = [given.choices] if isinstance(given.choices, str) else given.choices
     if not isinstance(choices, list) or len(choices) != 1:
@@ -118,7 +128,7 @@ def _of_annotation(given: Annotation, task: TaskSpec, instance: str, labellers: 
     )
 
 
-def read_csv_labels(data: bytes, task: TaskSpec) -> LabelFile:
+def read_csv_labels(data: bytes, task: Classes) -> LabelFile:
     """The rows of a CSV (UTF-8, comma) with `prediction_id, label, labeller, labelled_at` and, where wanted,
     `confidence, comment, adjudication`.
 
@@ -151,7 +161,7 @@ def read_csv_labels(data: bytes, task: TaskSpec) -> LabelFile:
     return _in_order(labels, problems)
 
 
-def _of_row(values: Mapping[str, str], task: TaskSpec) -> NewLabel:
+def _of_row(values: Mapping[str, str], task: Classes) -> NewLabel:
     confidence = values.get("confidence") or None
     settles = values.get("adjudication", "").lower()
     if settles not in (*_TRUE, *_FALSE):
@@ -179,7 +189,7 @@ def _of_row(values: Mapping[str, str], task: TaskSpec) -> NewLabel:
     )
 
 
-def _label(task: TaskSpec, prediction_id: Any, label: Any, labeller: Any, comment: Any, **values: Any) -> NewLabel:
+def _label(task: Classes, prediction_id: Any, label: Any, labeller: Any, comment: Any, **values: Any) -> NewLabel:
     """Checks what no format checks."""
     if not isinstance(prediction_id, str) or not _ID.fullmatch(prediction_id):
         raise _RefusedError("malformed", f"prediction_id is {_shown(prediction_id)}; expected a prediction's id")

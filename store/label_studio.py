@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from xml.sax.saxutils import quoteattr
 
-from modeling.schema import TaskSpec
 from store.label_tasks import LabelTask
 
 IMAGE, CLASS, COMMENT = "lesion", "class", "comment"
 """Names of the controls in the labelling config, and so in the annotations."""
 
 
-def labelling_config(task: TaskSpec) -> str:
+class Classes(Protocol):
+    """What experts can say of a lesion, and which of it is cancer; a `TaskSpec` says both.
+
+    Attributes:
+        synthetic: the pictures were generated, which the labelling interface says.
+    """
+
+    classes: Sequence[str]
+    malignant: Collection[str]
+    synthetic: bool
+
+
+def labelling_config(task: Classes) -> str:
     """The labelling interface (XML) of a project for this task's classes."""
     choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in task.classes)
     notice = '  <Header value="Synthetic data: not for diagnosis"/>\n' if task.synthetic else ""
@@ -30,7 +41,7 @@ def labelling_config(task: TaskSpec) -> str:
     )
 
 
-def label_task(chosen: LabelTask, image: str, task: TaskSpec, suggestion: bool, metadata: bool) -> dict[str, Any]:
+def label_task(chosen: LabelTask, image: str, task: Classes, suggestion: bool, metadata: bool) -> dict[str, Any]:
     """One task: the picture's address, the prediction's id and, where asked for, the model's suggestion and metadata.
 
     Never the patient's pseudonym, the caller or the institution.
@@ -53,7 +64,7 @@ def label_task(chosen: LabelTask, image: str, task: TaskSpec, suggestion: bool, 
     return {"data": data, "predictions": [prediction]}
 
 
-def suggested_class(row: Mapping[str, Any], task: TaskSpec) -> str | None:
+def suggested_class(row: Mapping[str, Any], task: Classes) -> str | None:
     """What the model says: the likeliest malignant class at or above the threshold, the likeliest other one below it;
     None where it abstained. The likeliest class of all would hardly ever be malignant."""
     risk, threshold = row["risk"], row["threshold"]
@@ -69,12 +80,14 @@ class Annotation(NamedTuple):
 
     Attributes:
         number: its id, which is unique in one Label Studio.
+        task: the id of its task there.
         choices: of the control for the class.
         completed_by: the annotator's number or email.
         updated_at: ISO 8601; of creation where it was never changed.
     """
 
     number: Any
+    task: Any
     prediction_id: Any
     cancelled: bool
     choices: Any
@@ -95,14 +108,14 @@ def annotations(content: Any) -> Iterator[Annotation]:
         if isinstance(item, dict) and isinstance(item.get("annotations"), list):
             data = item.get("data") if isinstance(item.get("data"), dict) else {}
             for given in item["annotations"]:
-                yield _of_json(given if isinstance(given, dict) else {}, data)
+                yield _of_json(given if isinstance(given, dict) else {}, data, item.get("id"))
         elif isinstance(item, dict) and "annotation_id" in item:
             yield _of_json_min(item)
         else:
             raise ValueError(f"entry {place}: neither a task with annotations (JSON) nor an annotation (JSON-MIN)")
 
 
-def _of_json(given: dict[str, Any], data: dict[str, Any]) -> Annotation:
+def _of_json(given: dict[str, Any], data: dict[str, Any], task: Any) -> Annotation:
     results = given.get("result") if isinstance(given.get("result"), list) else []
 
     def value(name: str, kind: str, key: str) -> Any:
@@ -114,6 +127,7 @@ def _of_json(given: dict[str, Any], data: dict[str, Any]) -> Annotation:
     by = given.get("completed_by")
     return Annotation(
         number=given.get("id"),
+        task=task,
         prediction_id=data.get("prediction_id"),
         cancelled=bool(given.get("was_cancelled")),
         choices=value(CLASS, "choices", "choices"),
@@ -127,6 +141,7 @@ def _of_json_min(item: dict[str, Any]) -> Annotation:
     choices = item.get(CLASS)
     return Annotation(
         number=item["annotation_id"],
+        task=item.get("id"),
         prediction_id=item.get("prediction_id"),
         cancelled=bool(item.get("was_cancelled")),
         # A single choice is written as text, several as {"choices": [...]}.
