@@ -31,7 +31,7 @@ def traffic_plot(summary: Mapping[str, Any]) -> Plot:
         f"{summary['predictions']:,} predictions in {len(hours)} hours, {summary['abstained']:,} without a risk; "
         f"at most {highest:,} in an hour."
     )
-    plot = Plot("traffic-plot", "Predictions per hour", description, x_label="hours begin at these times, UTC")
+    plot = Plot("traffic-plot", "Predictions per hour", description, x_label="time, UTC")
     top = nice_ceiling(highest)
     x, y = plot.x(start, end), plot.y(0, top)
     plot.x_ticks, plot.y_ticks = _time_ticks(start, end, x), count_ticks(top, y)
