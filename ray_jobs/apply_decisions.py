@@ -17,8 +17,9 @@ from modeling.registry import CHAMPION
 from ray_jobs import promote_model
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, parse_config, run_job, say
 from ray_jobs.promote_model import PromoteModelConfig
-from store.champions import open_approvals, open_rollback, unfinished
+from store.champions import ROLLBACK_REFUSED, open_approvals, open_rollback, unfinished
 from store.database import Store, StoreUnavailableError, open_store
+from store.refusals import record_refusal
 
 # Those of the newest candidates are looked at.
 _MAX_CANDIDATES = 100
@@ -80,6 +81,11 @@ def apply_next(promotion: PromoteModelConfig, store: Store, tried: set[int]) -> 
         done = promote_model.run(PromoteModelConfig.model_validate({**promotion.model_dump(), **fields}))
     except (ValueError, FileNotFoundError) as error:
         say(f"not done: {error}")
+        if fields.get("rollback"):
+            # For whoever waits for it; what the gate refuses is on record already.
+            record_refusal(
+                store, fields["approver"], ROLLBACK_REFUSED, f"model/{fields['model']}", {"reason": str(error)}
+            )
         return {"decision": words, "refused": str(error)}
     shown = ("action", "champion", "previous", "changed", "approver")
     return {"decision": words} | {name: done[name] for name in shown}

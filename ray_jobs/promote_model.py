@@ -32,7 +32,7 @@ from store.candidates import (
     open_approval,
     requesters,
 )
-from store.champions import PROMOTION_REFUSED, note_deployed
+from store.champions import PROMOTION_REFUSED, note_deployed, record_move
 from store.database import Store, open_store
 from store.refusals import record_refusal
 from store.synced_files import replace_synced
@@ -172,16 +172,8 @@ def _record(store: Store, event: dict[str, Any], deploy: bool) -> None:
     """
     if "event" not in event:
         return  # the alias was set by other means: there is no decision to record
-    key = _key(event)
-    if any(row["gate"].get("registry_event") == key for row in store.approvals()):
-        return
-    store.record_approval(
-        model_version=event["version"],
-        approver=event["approver"],
-        reason=event["reason"],
-        decision=event["action"],
-        gate={**_table(event["gate"]), "registry_event": key, "previous": event["previous"], "deploy": deploy},
-    )
+    gate = _table(event["gate"]) | {"registry_event": _key(event), "previous": event["previous"], "deploy": deploy}
+    record_move(store, event["action"], event["version"], event["approver"], event["reason"], gate)
 
 
 def _mark(store: Store, registry: Registry, event: dict[str, Any]) -> None:

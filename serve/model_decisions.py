@@ -62,6 +62,10 @@ class ModelDecisions:
         """See `decisions`."""
         return await self._call(decisions, limit)
 
+    async def requesters(self, version: str, digest: str) -> list[str]:
+        """See `requesters`."""
+        return await self._call(requesters, version, digest)
+
     async def approve(self, version: str, person: str, reason: str) -> dict[str, Any]:
         """Approves a candidate; returns the row, of the first time if this person has before.
 

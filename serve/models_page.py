@@ -36,6 +36,7 @@ _ACTIONS = {
     "rollback": "made the champion again",
     "ask_rollback": "asked to go back from it",
     "promotion_refused": "refused by the gate",
+    "rollback_refused": "could not go back from it",
     "approval_refused": "could not approve: asked for its training",
     "deployed": "swapped into the service",
 }
@@ -78,8 +79,12 @@ def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions)
         rows = await decisions.candidates(MAX_MODELS)
         current = await _current(rows)
         waiting = await decisions.waiting_rollback()
-        opened = [row for row in rows if row["state"] == CANDIDATE and row["model_version"] != current["version"]]
-        facts = await decisions.facts({row["digest"] for row in opened[:_IN_FULL]})
+        others = [row for row in rows if row["model_version"] != current["version"]]
+        wanted = request.query_params.get("version")
+        in_full = [row for row in others if row["state"] == CANDIDATE][:_IN_FULL]
+        in_full = [row for row in others if row in in_full or row["model_version"] == wanted]
+        facts = await decisions.facts({row["digest"] for row in in_full})
+        asked = [await decisions.requesters(row["model_version"], row["digest"]) for row in in_full]
         name = caller_of(request).name
         champion = current["champion"]
         return render(
@@ -94,17 +99,17 @@ def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions)
                 "by": None if champion is None else champion.decision["approver"],
                 "reason": None if champion is None else champion.decision["reason"],
                 "previous": None if champion is None else champion.previous,
-                "contexts": context_views(current["facts"], Facts({}, {})),
+                # On its own: whom it was compared with when it was a candidate itself is history.
+                "contexts": context_views(current["facts"]._replace(gate=None), Facts({}, {})),
                 "engines": {device: engine_rows(found) for device, found in current["facts"].engines.items()},
             },
             served=service.model.reference.version,
             waiting=None if waiting is None else waiting | {"at": moment(waiting["decided_at"])},
-            candidates=[_candidate(row, facts[row["digest"]], current["facts"], name) for row in opened[:_IN_FULL]],
-            others=[
-                {**row, "made": moment(row["created_at"]), "in_full": row in opened[:_IN_FULL]}
-                for row in rows
-                if row["model_version"] != current["version"]
+            candidates=[
+                _candidate(row, facts[row["digest"]], current["facts"], is_one_of(name, by), name)
+                for row, by in zip(in_full, asked, strict=True)
             ],
+            others=[{**row, "made": moment(row["created_at"]), "in_full": row in in_full} for row in others],
             history=[_decision(row) for row in await decisions.history(MAX_DECISIONS)],
             max_reason=1000,
         )
@@ -137,18 +142,18 @@ def _subgroups(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return metrics.get("clinical", {}).get("subgroups", [])
 
 
-def _candidate(row: dict[str, Any], facts: Facts, champion: Facts, person: str) -> dict[str, Any]:
-    """What the template shows of a candidate in full."""
+def _candidate(row: dict[str, Any], facts: Facts, champion: Facts, is_own: bool, person: str) -> dict[str, Any]:
+    """What the template shows of a candidate in full; `is_own`: this person asked for its training."""
     rules = [] if facts.gate is None else rule_rows(facts.gate)
-    asked = [] if row["requested_by"] is None else [row["requested_by"]]
     return {
+        "state": row["state"],
         "version": row["model_version"],
         "digest": row["digest"],
         "made": moment(row["created_at"]),
         "requested_by": row["requested_by"],
         "dataset_digest": row["dataset_digest"],
         "approvals": [{**found, "at": moment(found["decided_at"])} for found in row["approvals"]],
-        "is_own": is_one_of(person, asked),
+        "is_own": is_own,
         "approved_here": is_one_of(person, [found["approver"] for found in row["approvals"]]),
         "contexts": context_views(facts, champion),
         "engines": {device: engine_rows(found) for device, found in facts.engines.items()},

@@ -10,7 +10,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from serve.access import ANONYMOUS, caller_of
+from serve.access import ANONYMOUS, PAGE_ROLES, Caller, caller_of, page_of
 from serve.page_access import session_of
 from serve.sessions import CSRF_FIELD
 
@@ -51,6 +51,16 @@ def interval(metrics: Mapping[str, Any], name: str) -> str:
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
+def navigation_of(caller: Caller) -> list[tuple[str, str]]:
+    """The pages that someone may open; of whoever has not signed in, all: signing in is the way to them."""
+
+    def is_open(target: str) -> bool:
+        role = PAGE_ROLES.get(page_of(target) or "")
+        return role is None or caller.name == ANONYMOUS.name or caller.may(role)
+
+    return [(target, name) for target, name in NAVIGATION if is_open(target)]
+
+
 def render(request: Request, synthetic: bool, template: str, status: int = 200, **context: Any) -> HTMLResponse:
     """A page.
 
@@ -61,7 +71,7 @@ def render(request: Request, synthetic: bool, template: str, status: int = 200, 
     caller = caller_of(request)
     shown = {
         "path": request.url.path,
-        "navigation": NAVIGATION,
+        "navigation": navigation_of(caller),
         "signed_in": None if caller.name == ANONYMOUS.name else caller,
         "csrf_field": CSRF_FIELD,
         "csrf_token": session_of(request).csrf_token,

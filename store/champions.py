@@ -16,7 +16,7 @@ from store.database import Store
 from store.tables import approvals, audit, candidates
 
 PROMOTE, ROLLBACK, ASK_ROLLBACK = "promote", "rollback", "ask_rollback"
-PROMOTION_REFUSED = "promotion_refused"
+PROMOTION_REFUSED, ROLLBACK_REFUSED = "promotion_refused", "rollback_refused"
 DEPLOYED = "deployed"
 
 # Subjects that begin with "model/"; as a range, which an index serves in either database.
@@ -59,6 +59,26 @@ def champion_on_record(store: Store) -> Champion | None:
     return Champion(champion, earlier[-1] if earlier else None, rows[-1])
 
 
+def record_move(
+    store: Store, decision: str, model_version: str, person: str, reason: str, gate: dict[str, Any]
+) -> bool:
+    """Records that a job moved the champion, once for each `registry_event` of `gate`; returns whether it is new."""
+    mine = sql.and_(approvals.c.model_version == model_version, approvals.c.decision == decision)
+    with store.writing() as connection:
+        _one_at_a_time(connection)
+        known = connection.execute(sql.select(approvals.c.gate).where(mine)).scalars()
+        if any(row.get("registry_event") == gate["registry_event"] for row in known):
+            return False
+        store._record_decision(connection, model_version, person, reason, decision, gate)
+        return True
+
+
+def _one_at_a_time(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        # What `_append_audit` takes; here already, so that of two who come at once the second sees the first.
+        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+
+
 def ask_rollback(store: Store, model_version: str, person: str, reason: str) -> dict[str, Any]:
     """Records that a person wants the champion left for the one before it; returns the row, of whoever asked first.
 
@@ -69,9 +89,7 @@ def ask_rollback(store: Store, model_version: str, person: str, reason: str) -> 
         NotChampionError: it is not the champion on record, or there is none before it.
     """
     with store.writing() as connection:
-        if connection.dialect.name == "postgresql":
-            # What `_append_audit` takes; here already, so that of two who ask at once the second sees the first.
-            connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+        _one_at_a_time(connection)
         champion = champion_on_record(store)
         if champion is None or champion.model_version != model_version:
             now = "there is none" if champion is None else f"version {champion.model_version} is"
@@ -141,7 +159,8 @@ def decisions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The newest decisions about models, newest first, refused attempts among them: `at` (us), `action`, `person`,
     `model_version`, `reason`, `detail`."""
     table = audit.c
-    actions = (APPROVE, REJECT, PROMOTE, ROLLBACK, ASK_ROLLBACK, PROMOTION_REFUSED, APPROVAL_REFUSED, DEPLOYED)
+    done = (APPROVE, REJECT, PROMOTE, ROLLBACK, ASK_ROLLBACK, DEPLOYED)
+    actions = (*done, PROMOTION_REFUSED, ROLLBACK_REFUSED, APPROVAL_REFUSED)
     query = sql.select(audit).where(*_MODELS, table.action.in_(actions)).order_by(table.id.desc()).limit(limit)
     with store.reading() as connection:
         return [

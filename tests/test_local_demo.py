@@ -20,6 +20,7 @@ from local.cluster import STATE_FILE, ClusterState, LocalCluster
 from local.demo import MARKER, Demo, DemoError, clear_home, main
 from local.jobs import REPO_ROOT
 from local.processes import MARK, marked_processes
+from local.screenshots import names, take_screenshots
 from modeling.bundle import load_bundle
 from modeling.engine_selection import measure_candidates
 from ray_jobs.deploy_service import DeployServiceConfig
@@ -28,6 +29,12 @@ from ray_jobs.job import parse_config
 from ray_jobs.promote_model import PromoteModelConfig
 from ray_jobs.search_hyperparameters import SearchHyperparametersConfig
 from tests.broken_networks import changed, four_bits, wrong_normalisation
+from tests.browser import chromium, needs_chromium
+from tests.demo_flows import (
+    LESIONS,
+    from_a_candidate_to_a_new_model_and_back,
+    from_a_picture_to_an_acknowledged_alarm,
+)
 
 
 def test_only_a_demo_s_folder_is_cleared(tmp_path):
@@ -127,7 +134,9 @@ def broken_engines(home, folder):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.timeout(1500)
 def test_the_whole_demo(tmp_path):
     home = tmp_path / "demo"
     done = subprocess.run(
@@ -144,6 +153,7 @@ def test_the_whole_demo(tmp_path):
             "search_hyperparameters",
             "train_model",
             "deploy_service",
+            "labels of the ordinary day",
             "check_drift, shifted",
             "check_drift, timer",
             "total",
@@ -170,7 +180,14 @@ def test_the_whole_demo(tmp_path):
         gains = {(row["model"], row["against"]): row for row in comparison["gains"]["out_of_fold"]}
         for against in ("image_only", "tabular_only"):
             assert min(gains["patient", against][measure]["low"] for measure in ("auc", "pauc")) > 0, against
-        cluster_id = LocalCluster.load(home / down.CLUSTER_FOLDER).state.cluster_id
+        cluster = LocalCluster.load(home / down.CLUSTER_FOLDER)
+        cluster_id = cluster.state.cluster_id
+        with chromium() as browser:
+            for number, width in enumerate((1280, 390)):
+                from_a_picture_to_an_acknowledged_alarm(browser, url, home, width, number * LESIONS)
+            from_a_candidate_to_a_new_model_and_back(browser, url, home, cluster, (1280, 390))
+        taken = take_screenshots(url, home, tmp_path / "screenshots")
+        assert sorted(path.name for path in taken) == sorted(names())
     finally:
         assert down.main(["--home", str(home)]) == 0
     assert marked_processes(cluster_id) == []

@@ -14,6 +14,8 @@ import yaml
 from local.jobs import JobFailedError
 from modeling.bundle import load_bundle
 from serve.client import ConflictError, DermrayClient
+from store.api_keys import create_api_key
+from store.champions import DEPLOYED
 from store.database import Store, open_store
 from store.labels import MISSED_CANCER
 from store.tables import labels, predictions
@@ -75,11 +77,10 @@ def month(ray_connected, tmp_path_factory) -> Iterator[Month]:
     month.job("train_model", "--config", write_config(home, "train_model", TRAIN_MODEL), "--run-name", "first")
     month.job("export_engine", "--config", write_config(home, "export_engine", EXPORT_ENGINE))
     month.job("promote_model", "--config", str(DEMO / "promote_model.yaml"), "--approver", "Ada")
+    store = open_store(f"sqlite:///{home}/store.db")
     for name, role in (("clinic", "admin"), ("reader", "reviewer"), ("Ben", "approver"), ("Cleo", "approver")):
-        file = home / f"{name}.key"
-        who = ["--name", name, "--role", role, "--actor", "Ada"]
-        month.job("manage_api_keys", "--action", "create", *who, "--key-file", str(file))
-        month.keys[name] = file.read_text().strip()
+        month.keys[name] = create_api_key(store, name, role, "Ada")[1]
+    store.close()
     flags = ["--port", str(ray_connected.http_port), "--scorer.max-replicas", "1", "--access.require-keys", "true"]
     month.url = month.job("deploy_service", *flags, "--ingress.accept-replays", "true")["url"]
     with pytest.MonkeyPatch.context() as patch:
@@ -235,6 +236,7 @@ def test_a_better_candidate_is_approved_by_someone_else_promoted_served_and_roll
     store = open_store(f"sqlite:///{month.home}/store.db")
     entries = store.audit_entries()
     assert month.job("verify_audit")["length"] == len(entries)
-    actions = [entry["action"] for entry in entries if entry["subject"].startswith("model/")]
+    decided = [entry for entry in entries if entry["subject"].startswith("model/") and entry["action"] != DEPLOYED]
+    actions = [entry["action"] for entry in decided]
     assert actions.count("promotion_refused") == 1 and actions[-2:] == ["promote", "rollback"]
     store.close()

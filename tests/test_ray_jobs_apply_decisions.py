@@ -10,7 +10,7 @@ from modeling.registry import Registry
 from ray_jobs import apply_decisions, deploy_service, export_engine, promote_model
 from ray_jobs.apply_decisions import ApplyDecisionsConfig
 from store.candidates import approve_candidate, find_candidate, record_candidate, reject_candidate
-from store.champions import ask_rollback, champion_on_record, open_rollback
+from store.champions import ask_rollback, champion_on_record, decisions, open_rollback
 from store.database import open_store
 from store.model_facts import find_model_facts
 from tests.tiny_bundle import tiny_bundle
@@ -101,6 +101,22 @@ def test_a_rollback_that_was_asked_for_is_done_in_the_name_of_who_asked(clinic):
     assert clinic.deployed == ["1", "2", "1"] and open_rollback(clinic.store) is None
     assert [find_candidate(clinic.store, version)["state"] for version in "12"] == ["promoted", "rejected"]
     assert clinic.apply() == {"done": [], "refused": []}
+
+
+def test_a_rollback_that_cannot_be_done_is_on_record_and_tried_again_by_the_next_run(clinic, monkeypatch):
+    for _ in range(2):
+        clinic.candidate()
+        clinic.apply()
+    ask_rollback(clinic.store, "2", "Cleo", "misses on site 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(promote_model, "load_bundle", lambda *_: (_ for _ in ()).throw(ValueError("bundle is gone")))
+        for _ in range(2):
+            assert clinic.apply()["refused"][0]["refused"] == "bundle is gone"
+    refusals = [row for row in decisions(clinic.store, 20) if row["action"] == "rollback_refused"]
+    assert [(row["person"], row["model_version"], row["reason"]) for row in refusals] == [
+        ("Cleo", "2", "bundle is gone")
+    ]
+    assert [row["champion"] for row in clinic.apply()["done"]] == ["1"]
 
 
 def test_going_back_comes_before_what_was_approved(clinic):

@@ -13,8 +13,9 @@ from serve.ingress import build_api
 from serve.key_ring import KeyRing
 from serve.rule_words import rule_words
 from store.api_keys import create_api_key, list_api_keys
-from store.candidates import find_candidate, mark_candidate
+from store.candidates import find_candidate, mark_candidate, record_candidate
 from store.champions import open_rollback
+from store.refusals import record_refusal
 from tests.bundle_factory import backend
 from tests.local_service import LocalService
 from tests.model_facts import CANDIDATE, a_candidate_and_a_champion
@@ -164,6 +165,26 @@ def test_reviewers_and_other_sites_decide_nothing(clinic, path):
 @pytest.mark.parametrize("version", ["9", "..%2f..", "a%20b", "x" * 65])
 def test_a_model_that_is_no_candidate_is_404(clinic, version):
     assert clinic.decide(f"{version}/approve").status_code == 404
+
+
+def test_older_versions_are_shown_when_asked_for_and_decided_ones_take_no_decision(clinic):
+    a_candidate_and_a_champion(clinic.store)
+    for version in "56789":
+        record_candidate(clinic.store, version, version * 64, {})
+    shown = clinic.page()
+    assert "Candidate: version 9" in shown and "Candidate: version 5" not in shown
+    page = clinic.clients["Ada"]
+    assert "Candidate: version 5" in page.get("/models?version=5").text
+    decided = page.get("/models?version=2").text
+    assert "Once champion: version 2" in decided and "/models/2/approve" not in decided
+    assert page.get("/models?version=<b>").status_code == 200
+
+
+def test_a_rollback_that_could_not_be_done_says_why(clinic):
+    a_candidate_and_a_champion(clinic.store)
+    record_refusal(clinic.store, "Ada", "rollback_refused", "model/3", {"reason": "bundle of version 2 is gone"})
+    shown = text_of(clinic.page())
+    assert "could not go back from it Ada bundle of version 2 is gone" in shown
 
 
 def test_what_people_wrote_is_text(clinic):

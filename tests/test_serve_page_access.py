@@ -121,6 +121,19 @@ def posts(api) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("role", "hidden"), [("caller", {"/review", "/models"}), ("reviewer", {"/models"}), ("approver", set())]
+)
+def test_nobody_is_led_to_a_page_that_the_role_is_not_enough_for(guarded, role, hidden):
+    targets = {"/", "/review", "/models", "/about"}
+    signed_out = guarded.client.get("/about").text
+    assert all(f'<a href="{target}"' in signed_out for target in targets)
+    guarded.sign_in(role)
+    html = guarded.client.get("/about").text
+    assert {target for target in targets if f'<a href="{target}"' not in html} == hidden
+    assert {guarded.client.get(target).status_code for target in hidden} <= {403}
+
+
 def test_every_form_of_the_pages_needs_its_session_s_token(guarded, local):
     guarded.sign_in("approver")
     own = token_of(guarded.client.get("/").text)

@@ -25,6 +25,7 @@ from store.champions import (
     note_deployed,
     open_approvals,
     open_rollback,
+    record_move,
     unfinished,
 )
 from store.database import open_store
@@ -78,6 +79,16 @@ def test_a_rollback_is_asked_for_once_and_open_until_it_is_done(store):
     with pytest.raises(NotChampionError, match="version 1 has no champion before it to go back to"):
         ask_rollback(store, "1", "Cleo", "again")
     audit_chain.verify(store.audit_entries())
+
+
+def test_two_jobs_that_record_the_same_move_record_it_once(store):
+    def record(_):
+        return record_move(store, "promote", "1", "Ada", "good", {"registry_event": "1@now", "previous": None})
+
+    with ThreadPoolExecutor(6) as threads:
+        assert sum(threads.map(record, range(6))) == 1
+    assert len(store.approvals()) == len(store.audit_entries()) == 1
+    assert record_move(store, "promote", "1", "Ada", "good", {"registry_event": "3@later", "previous": "2"})
 
 
 def test_nobody_goes_back_from_a_champion_that_is_not_on_record(store):
