@@ -271,7 +271,7 @@ def run_demo(home: Path) -> None:
         build_model(demo)
         deployed = demo.job_stage(
             "deploy_service",
-            ["--port", str(cluster.http_port)],
+            ["--port", str(cluster.http_port), "--links.ray_dashboard", cluster.dashboard_url],
             lambda r: f"version {r['model_version']} with {r['engine']} at {r['url']}",
         )
         url = deployed["url"]

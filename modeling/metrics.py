@@ -27,17 +27,21 @@ def _binary_inputs(labels: Sequence, scores: Sequence) -> tuple[np.ndarray, np.n
 
 def _area_above(positives: np.ndarray, negatives: np.ndarray, min_tpr: float) -> float:
     """Area between the ROC curve and the line TPR = min_tpr, from the counts (U,) at each distinct score, ascending."""
-    total_positive, total_negative = positives.sum(), negatives.sum()
-    if total_positive == 0 or total_negative == 0:
+    if positives.sum() == 0 or negatives.sum() == 0:
         return float("nan")
-    tpr = np.concatenate([[0.0], np.cumsum(positives[::-1]) / total_positive])
-    fpr = np.concatenate([[0.0], np.cumsum(negatives[::-1]) / total_negative])
-    tpr[-1] = fpr[-1] = 1.0
+    tpr, fpr = _cumulative(positives), _cumulative(negatives)
     first = max(int(np.searchsorted(tpr, min_tpr)), 1)  # the segment that ends here crosses the line
     share = (min_tpr - tpr[first - 1]) / (tpr[first] - tpr[first - 1]) if min_tpr > 0 else 0.0
     crossing = fpr[first - 1] + share * (fpr[first] - fpr[first - 1])
     heights = np.concatenate([[min_tpr], tpr[first:]]) - min_tpr
     return float(np.trapezoid(heights, np.concatenate([[crossing], fpr[first:]])))
+
+
+def _cumulative(counts: np.ndarray) -> np.ndarray:
+    """Shares (U + 1,) at or above each distinct score, from the highest down, 0 to 1; counts (U,) ascending."""
+    shares = np.concatenate([[0.0], np.cumsum(counts[::-1]) / counts.sum()])
+    shares[-1] = 1.0
+    return shares
 
 
 def _counts(
@@ -72,6 +76,24 @@ def partial_auc_above_tpr(labels: Sequence, scores: Sequence, min_tpr: float = 0
 def roc_auc(labels: Sequence, scores: Sequence) -> float:
     """Area under the ROC curve of 0/1 labels (N,) and scores (N,); NaN when a class is absent."""
     return partial_auc_above_tpr(labels, scores, min_tpr=0.0)
+
+
+def roc_curve(labels: Sequence, scores: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, float64 (U + 1,) each for U
+    distinct scores.
+
+    Args:
+        labels: 0/1 or bool (N,), 1 = malignant; scores: float (N,), higher = more suspicious.
+
+    Raises:
+        ValueError: a class is absent.
+    """
+    labels, scores = _binary_inputs(labels, scores)
+    if labels.all() or not labels.any():
+        raise ValueError(f"{int(labels.sum())} of {len(labels)} labels are malignant; expected some of each")
+    values, ranks = np.unique(scores, return_inverse=True)
+    positives, negatives = _counts(labels, ranks, len(values))
+    return _cumulative(negatives), _cumulative(positives)
 
 
 def resampled_areas(
@@ -139,10 +161,28 @@ def adaptive_ece(labels: Sequence, probabilities: Sequence, num_bins: int = 15) 
     labels, probabilities = _binary_inputs(labels, probabilities)
     if len(labels) == 0:
         return float("nan")
-    edges = np.quantile(probabilities, np.linspace(0, 1, num_bins + 1)[1:-1])
-    bins = np.searchsorted(edges, probabilities, side="left")
+    bins = _equal_mass_bins(probabilities, num_bins)
     gaps = np.bincount(bins, weights=labels - probabilities, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def _equal_mass_bins(probabilities: np.ndarray, num_bins: int) -> np.ndarray:
+    edges = np.quantile(probabilities, np.linspace(0, 1, num_bins + 1)[1:-1])
+    return np.searchsorted(edges, probabilities, side="left")
+
+
+def reliability(labels: Sequence, probabilities: Sequence, num_bins: int) -> list[tuple[int, float, float]]:
+    """Number of rows, mean probability and observed rate of each bin of equal mass (as `adaptive_ece` has them), by
+    probability; bins without a row are left out."""
+    labels, probabilities = _binary_inputs(labels, probabilities)
+    if len(labels) == 0:
+        return []
+    bins = _equal_mass_bins(probabilities, num_bins)
+    counts = np.bincount(bins, minlength=num_bins)
+    sums = [np.bincount(bins, weights=values, minlength=num_bins) for values in (probabilities, labels)]
+    return [
+        (int(counts[i]), float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i])) for i in np.flatnonzero(counts)
+    ]
 
 
 def calibration_slope_intercept(labels: Sequence, probabilities: Sequence) -> tuple[float, float]:

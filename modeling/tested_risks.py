@@ -51,20 +51,36 @@ class TestedRisks:
     def __init__(self, risks: np.ndarray, malignant: np.ndarray):
         known = np.isfinite(risks)
         order = np.argsort(risks[known], kind="stable")
-        self._logits = _logit(risks[known][order])
+        self._logits = log_odds(risks[known][order])
         self._malignant = np.asarray(malignant, bool)[known][order]
+
+    @property
+    def number(self) -> int:
+        """Lesions with a risk."""
+        return len(self._logits)
+
+    @property
+    def malignant(self) -> int:
+        """Those of them that were malignant."""
+        return int(self._malignant.sum())
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Their risks as log-odds, float64 (number,), ascending."""
+        return self._logits
 
     def similar(self, risk: float, number: int = NUM_NEAREST) -> SimilarRisks | None:
         """Those next to `risk` in log-odds: `number`, and all that are as far away as the last of them; None with fewer
         lesions altogether."""
         if len(self._logits) < number:
             return None
-        distance = np.abs(self._logits - _logit(np.array(risk)))
+        distance = np.abs(self._logits - log_odds(np.array(risk)))
         nearest = distance <= np.partition(distance, number - 1)[number - 1]
         number, malignant = int(nearest.sum()), int(self._malignant[nearest].sum())
         return SimilarRisks(number, malignant, *wilson_interval(malignant / number, number))
 
 
-def _logit(risks: np.ndarray) -> np.ndarray:
+def log_odds(risks: np.ndarray) -> np.ndarray:
+    """Log-odds of risks 0-1, float64 of their shape, finite also for 0 and 1."""
     clipped = np.clip(np.asarray(risks, np.float64), _TINY, 1 - _TINY)
     return np.log(clipped) - np.log1p(-clipped)

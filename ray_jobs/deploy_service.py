@@ -36,6 +36,7 @@ from serve.settings import (
     DriftLoggerSettings,
     FusionSettings,
     IngressSettings,
+    LinkSettings,
     ModelReference,
     ScorerSettings,
     ServeSettings,
@@ -72,6 +73,7 @@ class DeployServiceConfig(JobConfig):
     access: AccessSettings = Field(default_factory=AccessSettings)
     submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
     alarms: ServiceAlarmSettings = Field(default_factory=ServiceAlarmSettings)
+    links: LinkSettings = Field(default_factory=LinkSettings)
 
     @field_validator("host")
     @classmethod
@@ -190,6 +192,7 @@ def serve_settings(config: DeployServiceConfig, release: Path) -> ServeSettings:
         access=config.access,
         submissions=config.submissions,
         alarms=config.alarms,
+        links=config.links,
         runtime_env={
             "working_dir": release.as_uri(),
             "env_vars": {**REPLICA_ENVIRONMENT, "DERMRAY_HOME": str(dermray_home())},

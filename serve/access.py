@@ -51,18 +51,8 @@ LEAST_ROLE: dict[tuple[str, str], Role] = {
     ("DELETE", "/v1/patients/{}"): "admin",
 }
 
-# Health for probes, the model card that a caller reads before trusting an answer, and pages that hold no data: they ask
-# for the key that their own requests then send.
-OPEN_PATHS = frozenset(
-    {
-        "/healthz",
-        "/readyz",
-        "/v1/model",
-        "/docs",
-        "/openapi.json",
-        "/monitoring",
-    }
-)
+# Health for probes, the model card that a caller reads before trusting an answer, and the interface's own description.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v1/model", "/docs", "/openapi.json"})
 # The pages' scripts and style sheets.
 OPEN_PREFIX = "/static/"
 # Least role by the first part of the path of a page with sessions, which `PageGuard` lets in; "" is `/` itself. None:
@@ -71,6 +61,7 @@ PAGE_ROLES: dict[str, Role | None] = {
     "": "caller",
     "results": "caller",
     "review": "reviewer",
+    "monitoring": "reviewer",
     "models": "approver",
     "about": None,
     "sign-in": None,

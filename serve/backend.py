@@ -9,9 +9,11 @@ from serve.key_ring import KeyRing
 from serve.metrics import NoMetrics, Recorder
 from serve.prediction_service import PredictionService
 from serve.rate_limit import TokenBuckets
+from serve.recent_problems import RecentProblems
 from serve.records import RecordService
 from serve.sampling import Sampler
 from serve.sessions import Sessions
+from serve.settings import LinkSettings
 from serve.submission_queue import SubmissionQueue
 
 
@@ -29,6 +31,8 @@ class Backend:
         buckets: rate limit per key.
         metrics: what is told of every request.
         sampler: what reads the gauges of the routes.
+        problems: what this replica refused or failed to answer.
+        links: pages of other tools.
         answers_ids: whether to answer with the request's id; not where the server around the routes does.
     """
 
@@ -41,4 +45,6 @@ class Backend:
     buckets: TokenBuckets | None = None
     metrics: Recorder = field(default_factory=NoMetrics)
     sampler: Sampler = field(default_factory=lambda: Sampler(NoMetrics()))
+    problems: RecentProblems = field(default_factory=RecentProblems)
+    links: LinkSettings = field(default_factory=LinkSettings)
     answers_ids: bool = True

@@ -59,7 +59,7 @@ def build_door(backend: Backend, routes: Sequence[BaseRoute]) -> Door:
             app = AccessGuard(app, backend.keys, backend.buckets)
         app = PageGuard(app, backend.sessions, backend.keys, backend.buckets)
         app = ArrivalTime(Unforeseen(NoticeHeader(app, NOTICE_HEADER, lambda: service.model.notice)))
-        app = PageProblems(ProblemCounter(app, backend.metrics, routes), service)
+        app = PageProblems(ProblemCounter(app, backend.metrics, routes, backend.problems), service)
         return SecurityHeaders(app, {DOCS_PATH: DOCS_POLICY})
 
     return Door(guard, largest)

@@ -33,6 +33,7 @@ from serve.metrics import ModelInfo, replica_metrics
 from serve.model_decisions import ModelDecisions
 from serve.model_slot import HoldsModel, ModelSlot
 from serve.models_page import add_models_routes
+from serve.monitoring_page import add_monitoring_routes
 from serve.nodes import FusionNode, ScorerNode, SidecarNode
 from serve.page_routes import add_page_routes
 from serve.patient_routes import add_patient_routes
@@ -105,6 +106,7 @@ def build_api(backend: Backend) -> _Api:
     add_sign_in_routes(api, backend)
     add_analyse_routes(api, backend)
     add_review_routes(api, backend)
+    add_monitoring_routes(api, backend)
     add_label_studio_routes(api, backend)
     add_models_routes(api, backend, decisions)
     add_about_routes(api, backend)
@@ -183,6 +185,7 @@ class Ingress(HoldsModel):
             buckets,
             metrics,
             sampler,
+            links=config.links,
             answers_ids=False,
         )
 

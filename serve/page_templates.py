@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.responses import HTMLResponse
 from serve.access import ANONYMOUS, PAGE_ROLES, Caller, caller_of, page_of
 from serve.page_access import session_of
 from serve.sessions import CSRF_FIELD
+from serve.times import moment
 
 NAVIGATION = (
     ("/", "Analyse"),
@@ -34,7 +37,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    templates.filters["interval"] = interval
+    templates.filters |= {"interval": interval, "iso": iso, "minute": minute, "json_text": json_text}
+    templates.filters["window_name"] = window_name
     return templates
 
 
@@ -59,6 +63,29 @@ def navigation_of(caller: Caller) -> list[tuple[str, str]]:
         return role is None or caller.name == ANONYMOUS.name or caller.may(role)
 
     return [(target, name) for target, name in NAVIGATION if is_open(target)]
+
+
+def iso(microseconds: int) -> str:
+    """A stored time, microseconds since the epoch, as ISO 8601 in UTC, to the second."""
+    return f"{moment(microseconds):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def minute(microseconds: int) -> str:
+    """The same for people, to the minute."""
+    return f"{moment(microseconds):%Y-%m-%d %H:%M}"
+
+
+def json_text(value: Any) -> str:
+    """JSON to be read."""
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def window_name(row: Mapping[str, Any]) -> str:
+    """A drift report's window for people: a day, or from when to when."""
+    start, end = moment(row["window_start"]), moment(row["window_end"])
+    if end - start == timedelta(days=1) and start.hour == start.minute == start.second == 0:
+        return f"{start:%Y-%m-%d}"
+    return f"{start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC"
 
 
 def render(request: Request, synthetic: bool, template: str, status: int = 200, **context: Any) -> HTMLResponse:

@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.metrics import PROBLEMS, Recorder
+from serve.recent_problems import RecentProblems
 
 # The codes are our own, but a page's or a library's answer has none.
 _CODE = re.compile(r"[a-z_]{1,40}")
@@ -22,11 +23,13 @@ class ProblemCounter:
 
     Args:
         routes: of the application; a path that none of them has counts as "other".
+        recent: counts them too, for this replica's page.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Recorder, routes: Iterable[BaseRoute]):
+    def __init__(self, app: ASGIApp, metrics: Recorder, routes: Iterable[BaseRoute], recent: RecentProblems):
         self.app = app
         self._metrics = metrics
+        self._recent = recent
         self._paths = [(route.path_regex, route.path) for route in routes if hasattr(route, "path_regex")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +44,9 @@ class ProblemCounter:
                 status = message["status"]
             elif status >= 400 and status != _GONE and message["type"] == "http.response.body":
                 route = next((path for regex, path in self._paths if regex.match(scope["path"])), "other")
-                self._metrics.record(PROBLEMS, 1, route, str(status), _code(message.get("body", b"")))
+                error = _code(message.get("body", b""))
+                self._metrics.record(PROBLEMS, 1, route, str(status), error)
+                self._recent.add(status, error)
                 status = 0
             await send(message)
 

@@ -101,7 +101,7 @@ _SUMMARY = {
     "by_model_version": {"3": 412},
     "abstention_reasons": {"blurred": 9},
     "per_hour": [{"start": "2024-05-03T09:30:00Z", "predictions": 412, "abstained": 9}],
-    "total_ms": {"mean": 15.2, "median": 14.1, "p95": 24.8},
+    "total_ms": {"mean": 15.2, "median": 14.1, "p95": 24.8, "p99": 38.5},
     "drift": [],
     "unacknowledged_alarms": {"missed_cancer": 1},
     "labels": 3,
@@ -358,7 +358,7 @@ class MonitoringSummary(BaseModel):
     abstention_reasons: dict[str, int] = Field(description="one record may have several")
     per_hour: list[HourCount] = Field(description="oldest first; the last ends now")
     total_ms: dict[str, float] | None = Field(
-        description="mean, median and p95 of the time to the commit, over the newest 10000 records of the window"
+        description="mean, median, p95 and p99 of the time to the commit, over the newest 10000 records of the window"
     )
     drift: list[DriftState] = Field(description="latest report per model, also from before the window")
     unacknowledged_alarms: dict[str, int] = Field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -212,6 +213,28 @@ class AccessSettings(_Settings):
         return self
 
 
+class LinkSettings(_Settings):
+    """Where the pages of other tools are, for /monitoring; null: it says how to start them."""
+
+    ray_dashboard: str | None = Field(None, description="Ray's dashboard, http or https")
+    mlflow: str | None = Field(None, description="MLflow's pages")
+    evidently: str | None = Field(None, description="Evidently's pages, with the reports of check_drift")
+    grafana: str | None = Field(None, description="Grafana, with deploy/grafana/dermray.json")
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_page(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        own = parts.scheme in ("http", "https") and parts.hostname and parts.username is None
+        if not own or not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError(
+                f"{value!r}; expected an http or https address without a password, such as http://host:8265"
+            )
+        return value
+
+
 class ServeSettings(_Settings):
     """Everything but the model."""
 
@@ -224,6 +247,7 @@ class ServeSettings(_Settings):
     access: AccessSettings = Field(default_factory=AccessSettings)
     submissions: SubmissionSettings = Field(default_factory=SubmissionSettings)
     alarms: ServiceAlarmSettings = Field(default_factory=ServiceAlarmSettings)
+    links: LinkSettings = Field(default_factory=LinkSettings)
     runtime_env: dict[str, Any] | None = Field(None, description="code and environment of every replica")
 
     @model_validator(mode="after")

@@ -18,9 +18,8 @@ from serve.sessions import Session
 
 def safe_target(target: str) -> str:
     """Where to go after signing in: a page of this service, else the first one. A link may have asked for anything."""
-    path = target.partition("?")[0]
     own = target.startswith("/") and not target.startswith("//") and "\\" not in target and target.isprintable()
-    return target if own and (page_of(path) is not None or path == "/monitoring") else "/"
+    return target if own and page_of(target.partition("?")[0]) is not None else "/"
 
 
 def add_sign_in_routes(api: FastAPI, backend: Backend) -> None:

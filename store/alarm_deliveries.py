@@ -149,14 +149,20 @@ def give_up(store: Store, delivery: Delivery, error: str) -> bool:
     return _settle(store, delivery, True, {"state": FAILED, "leased_until": None, "last_error": error})
 
 
-def count_deliveries(store: Store) -> dict[tuple[str, str], int]:
-    """Alarms by (channel, state), of `PENDING` and `FAILED`."""
+def count_deliveries(store: Store, open_only: bool = False) -> dict[tuple[str, str], int]:
+    """Alarms by (channel, state), of `PENDING` and `FAILED`.
+
+    Args:
+        open_only: without those that someone has acknowledged.
+    """
     query = (
         sql.select(_deliveries.channel, _deliveries.state, sql.func.count())
         .join(alarms, alarms.c.id == _deliveries.alarm_id)
         .where(_deliveries.state.in_((PENDING, FAILED)))
         .group_by(_deliveries.channel, _deliveries.state)
     )
+    if open_only:
+        query = query.where(alarms.c.acknowledged_at.is_(None))
     with store.reading() as connection:
         return {(channel, state): number for channel, state, number in connection.execute(query)}
 

@@ -41,6 +41,21 @@ def alarms_page(
         return _with_deliveries(connection, rows)
 
 
+def find_alarm(store: Store, alarm_id: int) -> dict[str, Any] | None:
+    """The row of this id, or None."""
+    query = sql.select(alarms).where(alarms.c.id == alarm_id)
+    with store.reading() as connection:
+        return next(map(dict, connection.execute(query).mappings()), None)
+
+
+def count_repeats(store: Store, alarm_ids: Sequence[int]) -> dict[int, int]:
+    """How many alarms each of these quiets, by id; those that quiet none are left out."""
+    table = alarms.c
+    query = sql.select(table.quieted_by, sql.func.count()).where(table.quieted_by.in_(alarm_ids))
+    with store.reading() as connection:
+        return {alarm_id: number for alarm_id, number in connection.execute(query.group_by(table.quieted_by))}
+
+
 def acknowledge_alarm(store: Store, alarm_id: int, actor: str, comment: str | None) -> dict[str, Any] | None:
     """Marks an alarm as seen, and those that it quiets, with an audit entry; returns its row, or None where there is no
     such alarm.

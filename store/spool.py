@@ -50,6 +50,10 @@ class Spool:
         """Number of batches that wait for replay."""
         return len(self._files())
 
+    def damaged(self) -> int:
+        """Number of batches that replay set aside because of lines that could not be read or rows that were refused."""
+        return len(list(self.directory.glob("*.damaged")))
+
     def replay(self, write: Write) -> int:
         """Hands every batch, oldest first, to `write(rows, images)` and removes it after; returns the rows written.
 

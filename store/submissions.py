@@ -132,6 +132,32 @@ def count_pending(store: Store) -> dict[str, int]:
         return {QUEUED: 0, RUNNING: 0} | {state: number for state, number in connection.execute(query)}
 
 
+@dataclass(frozen=True)
+class QueueState:
+    """The queue at a moment.
+
+    Attributes:
+        oldest_at: when the oldest one that is not settled was submitted (microseconds UTC); None without any.
+        failed: so many failed since the moment asked for.
+    """
+
+    queued: int
+    running: int
+    oldest_at: int | None
+    failed: int
+
+
+def queue_state(store: Store, failed_since_us: int) -> QueueState:
+    """What waits, what is being scored, and what failed since `failed_since_us` (microseconds UTC)."""
+    pending = count_pending(store)
+    table = submissions.c
+    oldest = sql.select(sql.func.min(table.submitted_at)).where(table.state.in_((QUEUED, RUNNING)))
+    failed = sql.select(sql.func.count()).where(table.state == FAILED, table.finished_at >= failed_since_us)
+    with store.reading() as connection:
+        found = (connection.execute(oldest).scalar(), connection.execute(failed).scalar_one())
+    return QueueState(pending[QUEUED], pending[RUNNING], *found)
+
+
 def claim_submissions(
     store: Store, limit: int, lease_us: int, max_attempts: int, exhausted: str, now: int | None = None
 ) -> list[Claim]:

@@ -13,6 +13,7 @@ from store.tables import now_us
 from tests.bundle_factory import blank_image, lesion_image
 from tests.local_service import LocalService
 from tests.model_facts import a_candidate_and_a_champion
+from tests.monitored_month import a_drift_report, labelled_lesions
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>\u202e'
 
@@ -41,6 +42,9 @@ class BusyClinic:
         alarm = {"kind": "drift", "severity": "warning", "model_version": "3", "raised_at": now_us()}
         alarm |= {"message": f"drift on 2026-11-22: {HOSTILE}", "detail": {"drifted": ["age_approx"]}}
         self.store.raise_alarm({**alarm, "dedupe_key": "drift:1", "topic": "drift:3"})
+        labelled_lesions(self.store, malignant=15, benign=40, missed=2)
+        for days_ago in range(30, 0, -1):
+            a_drift_report(self.store, days_ago, (HOSTILE, "sex") if days_ago < 3 else ())
         a_candidate_and_a_champion(self.store, passed=False, requested_by=HOSTILE)
 
     def upload(self, cookies: dict[str, str], url: str, number: int) -> str:

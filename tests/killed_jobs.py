@@ -41,7 +41,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Other in every run: when something was done, and what a database numbers.
 VOLATILE = frozenset(
     {"created_at", "raised_at", "decided_at", "requested_at", "finished_at", "at", "deleted_at", "erased_at"}
-    | {"labelled_at", "stored_at", "hash", "previous_hash", "leased_until", "attempt", "next_attempt_at"}
+    | {"labelled_at", "stored_at", "recorded_at", "hash", "previous_hash", "leased_until", "attempt", "next_attempt_at"}
 )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from modeling.metrics import (
     adaptive_ece,
@@ -15,8 +16,10 @@ from modeling.metrics import (
     evaluate,
     macro_f1,
     partial_auc_above_tpr,
+    reliability,
     risk,
     roc_auc,
+    roc_curve,
     sensitivity_specificity,
 )
 from modeling.schema import TaskSpec
@@ -217,3 +220,26 @@ def test_evaluate_refuses_probabilities_of_another_task():
         evaluate(BINARY, [0, 1], np.full((2, 3), 1 / 3), None)
     with pytest.raises(ValueError, match="labels range from 0 to 2; expected 0 to 1"):
         evaluate(BINARY, [0, 2], np.full((2, 2), 0.5), None)
+
+
+def test_the_roc_curve_is_scikit_learn_s_and_its_area_is_the_auc():
+    rng = np.random.default_rng(4)
+    labels, scores = rng.random(300) < 0.2, rng.random(300).round(1)
+    false_rates, true_rates = roc_curve(labels, scores)
+    expected = sklearn_roc_curve(labels, scores, drop_intermediate=False)
+    np.testing.assert_allclose([false_rates, true_rates], expected[:2])
+    assert np.trapezoid(true_rates, false_rates) == pytest.approx(roc_auc(labels, scores))
+    with pytest.raises(ValueError, match="0 of 2 labels are malignant"):
+        roc_curve([0, 0], [0.1, 0.2])
+
+
+def test_reliability_puts_as_many_into_each_bin_and_agrees_with_the_calibration_error():
+    rng = np.random.default_rng(5)
+    risks = rng.random(400) ** 3
+    labels = rng.random(400) < risks / 2
+    bins = reliability(labels, risks, 8)
+    assert [number for number, _, _ in bins] == [50] * 8
+    assert [mean for _, mean, _ in bins] == sorted(mean for _, mean, _ in bins)
+    gap = sum(number * abs(rate - mean) for number, mean, rate in bins) / 400
+    assert gap == pytest.approx(adaptive_ece(labels, risks, 8))
+    assert reliability([], [], 8) == [] and len(reliability([0, 1], [0.5, 0.5], 8)) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modeling.tested_risks import TestedRisks, wilson_interval
+from modeling.tested_risks import TestedRisks, log_odds, wilson_interval
 
 
 def test_the_interval_is_wilson_s():
@@ -44,3 +44,10 @@ def test_too_few_tested_lesions_say_nothing_and_those_without_a_risk_do_not_coun
     risks = np.concatenate([np.full(99, 0.1), [np.nan] * 50])
     assert TestedRisks(risks, np.zeros(149, bool)).similar(0.1) is None
     assert TestedRisks(np.append(risks, 0.1), np.zeros(150, bool)).similar(1.0).number == 100
+
+
+def test_the_risks_themselves_are_there_in_log_odds_without_those_that_are_none():
+    tested = TestedRisks(np.array([0.5, np.nan, 0.1, 0.0]), np.array([True, True, False, False]))
+    assert (tested.number, tested.malignant) == (3, 1)
+    assert tested.logits[1:] == pytest.approx([np.log(0.1 / 0.9), 0.0]) and np.isfinite(tested.logits).all()
+    assert 1 / (1 + np.exp(-log_odds(np.array(0.0105)))) == pytest.approx(0.0105)

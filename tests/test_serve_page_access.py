@@ -160,9 +160,17 @@ def test_a_service_without_keys_still_takes_no_forms_of_other_sites(local):
 
 
 def test_every_page_with_a_session_has_a_role_and_no_other_path_is_a_page(local):
-    for path in ("/", "/results/x", "/about", "/sign-in"):
+    for path in ("/", "/results/x", "/monitoring", "/monitoring/alarms/1/acknowledge", "/about", "/sign-in"):
         assert page_of(path) in PAGE_ROLES
-    for path in ("/v1/predict", "/monitoring", "/static/x.css", "//", "/resultsx", "/v1/../about", "//about"):
+    for path in (
+        "/v1/predict",
+        "/v1/monitoring/summary",
+        "/static/x.css",
+        "//",
+        "/resultsx",
+        "/v1/../about",
+        "//about",
+    ):
         assert page_of(path) is None, path
 
 

@@ -22,7 +22,7 @@ from store.alarm_deliveries import (
     mark_sent,
     next_attempt,
 )
-from store.alarm_records import alarms_page
+from store.alarm_records import acknowledge_alarm, alarms_page
 from store.database import open_store
 from store.tables import alarms
 
@@ -218,3 +218,12 @@ def test_a_delivery_whose_alarm_a_retention_removed_is_waited_for_by_nobody(stor
         connection.execute(sql.delete(alarms))
     assert count_deliveries(store) == {} and next_attempt(store, "ops") is None
     assert claim(store, NOW + 2 * LEASE) is None
+
+
+def test_what_was_given_up_counts_as_open_until_someone_has_seen_the_alarm(store):
+    raise_alarms(store, "one", "two")
+    give_up(store, claim(store), "gone")
+    assert count_deliveries(store, open_only=True) == {("ops", FAILED): 2}
+    acknowledge_alarm(store, alarms_page(store, False, None, None, 1)[0]["id"], "Ada", None)
+    assert count_deliveries(store, open_only=True) == {("ops", FAILED): 1}
+    assert count_deliveries(store) == {("ops", FAILED): 2}

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sql
 
 from store.database import open_store
-from store.monitoring_summary import HOUR_US, monitoring_summary
+from store.monitoring_summary import HOUR_US, answered_before, count_answers, monitoring_summary
 from store.shadow_records import shadow_id
 from store.tables import labels
 from tests.log_rows import label_row, prediction_row
@@ -15,8 +15,8 @@ END = 1_000 * HOUR_US + 77
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = open_store(f"sqlite:///{tmp_path}/store.db")
+def store(any_store_url):
+    opened = open_store(any_store_url)
     yield opened
     opened.close()
 
@@ -44,7 +44,7 @@ def test_records_are_counted_by_hour_band_version_and_reason(store):
             prediction_row("fourth", received_at=at(0.5), reasons=["blurred"], **refused),
             prediction_row("fifth", received_at=at(0.5), band="low", stage_ms={"total": 60.0}),
             prediction_row("after", received_at=END, band="low"),
-            prediction_row("shadow", received_at=at(1), role="shadow", band="low"),
+            prediction_row(shadow_id("fifth"), received_at=at(1), role="shadow", band="low"),
         ]
     )
     summary = monitoring_summary(store, END, 3)
@@ -52,7 +52,7 @@ def test_records_are_counted_by_hour_band_version_and_reason(store):
     assert summary["by_band"] == {"low": 2, "high": 1} and summary["by_model_version"] == {"1": 4, "2": 1}
     assert summary["abstention_reasons"] == {"blurred": 2, "too_dark": 1}
     assert [(entry["predictions"], entry["abstained"]) for entry in summary["per_hour"]] == [(2, 0), (0, 0), (3, 2)]
-    assert summary["total_ms"] == {"mean": 30.0, "median": 20.0, "p95": pytest.approx(56.0)}
+    assert summary["total_ms"] == {"mean": 30.0, "median": 20.0, "p95": pytest.approx(56.0), "p99": pytest.approx(59.2)}
 
 
 def test_the_latest_drift_report_of_each_model_is_shown(store):
@@ -110,3 +110,28 @@ def test_shadows_of_the_window_are_compared_with_the_champion(store):
     assert (first["champion_version"], first["shadow_version"], first["pairs"]) == ("1", "2", 2)
     assert (first["mean_abs_difference"], first["raised"], first["lowered"]) == (0.5, 1.0, 0.0)
     assert (second["shadow_version"], second["pairs"]) == ("3", 1)
+
+
+def test_answers_of_a_while_are_counted_with_those_without_a_risk(store):
+    assert count_answers(store, at(1), END) == (0, 0)
+    store.insert_predictions(
+        [
+            prediction_row("before", received_at=at(1) - 1),
+            prediction_row("first", received_at=at(1)),
+            prediction_row("refused", received_at=at(0.5), abstained=True, reasons=["blurred"]),
+            prediction_row("shadow", received_at=at(0.5), role="shadow"),
+        ]
+    )
+    assert count_answers(store, at(1), END) == (2, 1)
+
+
+def test_a_model_has_answered_before_a_moment_or_it_is_new(store):
+    store.insert_predictions(
+        [
+            prediction_row("old", received_at=at(5), model_version="1"),
+            prediction_row("older", received_at=at(6), model_version="2"),
+            prediction_row("new", received_at=at(1), model_version="3"),
+        ]
+    )
+    assert [answered_before(store, version, at(2)) for version in "123"] == [True, True, False]
+    assert not answered_before(store, "2", at(2), limit=1)

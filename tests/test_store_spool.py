@@ -85,3 +85,11 @@ def test_an_unreadable_value_is_refused_at_append(spool):
     with pytest.raises(ValueError):
         spool.append([{"id": "a", "risk": float("nan")}], {})
     assert spool.pending() == 0
+
+
+def test_batches_that_were_set_aside_are_counted(spool):
+    assert spool.damaged() == 0
+    spool.append([{"id": "a", "bad": True}], {})
+    spool.append([{"id": "b"}], {})
+    spool.replay(Sink())
+    assert (spool.pending(), spool.damaged()) == (0, 1)

@@ -19,6 +19,7 @@ from store.submissions import (
     images_in_submissions,
     images_of_submissions,
     insert_submission,
+    queue_state,
     requeue_submission,
 )
 from store.tables import now_us
@@ -194,3 +195,16 @@ def test_an_erasure_that_is_rolled_back_erased_nothing(store):
         erase_submissions(connection, "a")
         raise RuntimeError("the rest of the erasure failed")
     assert find_submission(store, row["id"]) is not None
+
+
+def test_the_queue_tells_its_oldest_and_what_failed_lately(store):
+    assert queue_state(store, 0).oldest_at is None
+    rows = [submit(store, acquired_at=number)[0] for number in range(4)]
+    first, second = sorted(claim(store, limit=2), key=lambda one: one.request["acquired_at"])
+    finish_submission(store, first, None, "the picture is gone")
+    state = queue_state(store, 0)
+    assert (state.queued, state.running, state.failed) == (2, 1, 1)
+    assert state.oldest_at == rows[1]["submitted_at"]
+    assert queue_state(store, now_us() + 1).failed == 0
+    finish_submission(store, second, {})
+    assert queue_state(store, 0).oldest_at == rows[2]["submitted_at"]
