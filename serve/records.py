@@ -23,7 +23,7 @@ from store.prediction_records import (
     predictions_by_id,
     predictions_page,
 )
-from store.review_queue import QueueCounts, QueueItem, patient_lesions, review_counts, review_queue
+from store.review_queue import ReviewQueue, patient_lesions, review_queue
 from store.tables import now_us
 
 logger = logging.getLogger("ray.serve")
@@ -147,13 +147,9 @@ class RecordService:
             raise unavailable(detail, self._retry_after_s)
         raise not_found(f"prediction_id: {prediction_id!r} is not in the log: never made, or erased")
 
-    async def review_queue(self, reader: str, since_us: int, skipped: frozenset[str]) -> list[QueueItem]:
+    async def review_queue(self, reader: str, since_us: int, skipped: frozenset[str]) -> ReviewQueue:
         """See `review_queue`."""
         return await self._call(review_queue, reader, since_us, skipped)
-
-    async def review_counts(self, reader: str, since_us: int) -> QueueCounts:
-        """See `review_counts`."""
-        return await self._call(review_counts, reader, since_us)
 
     async def patient_lesions(self, prediction_id: str) -> list[dict[str, Any]]:
         """See `patient_lesions`."""

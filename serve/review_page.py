@@ -44,10 +44,6 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
     def _since() -> int:
         return now_us() - DAYS * _DAY_US
 
-    async def _next(reader: str, skipped: frozenset[str]) -> tuple[str, str] | None:
-        items = await records.review_queue(reader, _since(), skipped)
-        return next(((item.prediction_id, item.why) for item in items), None)
-
     async def _lesion(prediction_id: str, why: str) -> dict[str, Any]:
         """What a reader sees of a lesion: nothing that the model or another reader said."""
         row, _ = await records.record(prediction_id)
@@ -91,11 +87,12 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
         skipped = frozenset(found for found in query.getlist("skip") if _ID.fullmatch(found))
         before = query.get("before", "")
         said = await _said(before, reader) if _ID.fullmatch(before) else None
+        queue = await records.review_queue(reader, _since(), skipped)
         again = query.get("again", "")
         if _ID.fullmatch(again):
             chosen: tuple[str, str] | None = (again, "again")
         else:
-            chosen = await _next(reader, skipped)
+            chosen = next(((item.prediction_id, item.why) for item in queue.items), None)
         task = service.model.task
         return render(
             request,
@@ -104,7 +101,8 @@ def add_review_routes(api: FastAPI, backend: Backend) -> None:
             lesion=None if chosen is None else await _lesion(*chosen),
             said=said,
             skipped=sorted(skipped),
-            counts=await records.review_counts(reader, _since()),
+            done=queue.done,
+            left=len(queue.items),
             classes=task.classes,
             malignant=task.malignant,
             confidences=CONFIDENCES,

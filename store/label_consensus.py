@@ -107,7 +107,13 @@ def predictions_in_state(state: State) -> sql.Select:
         "agreed": sql.and_(~settled, readers > 1, classes == 1),
         "disagreed": sql.and_(~settled, classes > 1),
     }[state]
-    return sql.select(labels.c.prediction_id).where(~superseded).group_by(labels.c.prediction_id).having(having)
+    query = sql.select(labels.c.prediction_id).where(~superseded).group_by(labels.c.prediction_id).having(having)
+    if state in ("agreed", "disagreed"):
+        # Few have several labels, and the index on predictions finds them.
+        several = labels.alias("several")
+        counted = sql.select(several.c.prediction_id).group_by(several.c.prediction_id).having(sql.func.count() > 1)
+        query = query.where(labels.c.prediction_id.in_(counted))
+    return query
 
 
 def truths_between(store: Store, start_us: int, end_us: int, model_version: str | None = None) -> list[Truth]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sql
@@ -28,14 +29,15 @@ class QueueItem(NamedTuple):
     why: Why
 
 
-class QueueCounts(NamedTuple):
-    """`done`: lesions that this reader has read since; `left`: those to be read, at most `MAX_ORDERED` of each kind."""
+class ReviewQueue(NamedTuple):
+    """`items`: what is to be read, at most `MAX_ORDERED` of each kind, in order; `done`: how many lesions this reader
+    has read since."""
 
+    items: list[QueueItem]
     done: int
-    left: int
 
 
-def review_queue(store: Store, reader: str, since_us: int, skipped: frozenset[str] = frozenset()) -> list[QueueItem]:
+def review_queue(store: Store, reader: str, since_us: int, skipped: frozenset[str] = frozenset()) -> ReviewQueue:
     """What this reader has not read and should: second readings behind open missed-cancer alarms, disagreements, what
     the model gave no answer for, then the rest, least certain first and, of equally certain ones, oldest first.
 
@@ -43,28 +45,23 @@ def review_queue(store: Store, reader: str, since_us: int, skipped: frozenset[st
     odds do).
 
     Args:
-        since_us: unread lesions received before are left alone.
+        since_us: unread lesions received before are left alone, and what was read before is not counted.
         skipped: ids that come last.
     """
-    with store.reading() as connection:
-        found: dict[str, Why] = {}
-        for why, query in _queries(reader, since_us).items():
-            for prediction_id in connection.execute(query).scalars():
-                found.setdefault(prediction_id, why)
-    items = [QueueItem(*item) for item in found.items()]
-    return sorted(items, key=lambda item: item.prediction_id in skipped)
-
-
-def review_counts(store: Store, reader: str, since_us: int) -> QueueCounts:
-    """How far a reader is. `done` counts from `since_us` on."""
     done = sql.select(sql.func.count(labels.c.prediction_id.distinct())).where(
         labels.c.labeller == reader, labels.c.labelled_at >= since_us
     )
     with store.reading() as connection:
-        left: set[str] = set()
-        for query in _queries(reader, since_us).values():
-            left.update(connection.execute(query).scalars())
-        return QueueCounts(connection.execute(done).scalar_one(), len(left))
+        found: dict[str, Why] = {}
+        for why, query in _read_by_others(reader).items():
+            for prediction_id in connection.execute(query).scalars():
+                found.setdefault(prediction_id, why)
+        unread = connection.execute(_unread(since_us)).all()
+        num_done = connection.execute(done).scalar_one()
+    for row in sorted(unread, key=_order):
+        found.setdefault(row.id, "abstained" if row.abstained else "routine")
+    items = [QueueItem(*item) for item in found.items()]
+    return ReviewQueue(sorted(items, key=lambda item: item.prediction_id in skipped), num_done)
 
 
 def patient_lesions(store: Store, prediction_id: str, limit: int = 12) -> list[dict[str, Any]]:
@@ -84,30 +81,45 @@ def patient_lesions(store: Store, prediction_id: str, limit: int = 12) -> list[d
         return [dict(row) for row in connection.execute(query).mappings()]
 
 
-def _queries(reader: str, since_us: int) -> dict[Why, sql.Select]:
+def _kept() -> sql.Exists:
+    return sql.exists().where(images.c.hash == predictions.c.image_hash)
+
+
+def _read_by_others(reader: str) -> dict[Why, sql.Select]:
     table = predictions.c
-    kept = sql.exists().where(images.c.hash == table.image_hash)
-    read = sql.exists().where(labels.c.prediction_id == table.id)
     read_by_me = sql.exists().where(labels.c.prediction_id == table.id, labels.c.labeller == reader)
     missed = sql.select(sql.func.substr(alarms.c.dedupe_key, _KEY_START)).where(
         alarms.c.kind == MISSED_CANCER, alarms.c.acknowledged_at.is_(None)
     )
-    base = sql.select(table.id).where(kept).limit(MAX_ORDERED)
     # A row of few among many: as an expression, the role leaves SQLite the index on ids.
-    few = base.where(sql.func.coalesce(table.role, "") == "champion", ~read_by_me).order_by(table.received_at, table.id)
-    newest = (
-        sql.select(table.id, table.received_at, table.risk, table.threshold, table.abstained)
-        .where(table.role == "champion", table.received_at >= since_us, kept, ~read)
-        .order_by(table.received_at.desc())
+    few = (
+        sql.select(table.id)
+        .where(_kept(), sql.func.coalesce(table.role, "") == "champion", ~read_by_me)
+        .order_by(table.received_at, table.id)
         .limit(MAX_ORDERED)
-        .subquery()
     )
-    unread = newest.c
-    risk, threshold = (sql.case((value < _LEAST, _LEAST), else_=value) for value in (unread.risk, unread.threshold))
-    distance = sql.case((risk > threshold, risk / threshold), else_=threshold / risk)
     return {
         "second_reading": few.where(table.id.in_(missed), table.id.in_(predictions_in_state("single"))),
         "adjudication": few.where(table.id.in_(predictions_in_state("disagreed"))),
-        "abstained": sql.select(unread.id).where(unread.abstained).order_by(unread.received_at, unread.id),
-        "routine": sql.select(unread.id).where(~unread.abstained).order_by(distance, unread.received_at, unread.id),
     }
+
+
+def _unread(since_us: int) -> sql.Select:
+    table = predictions.c
+    read = sql.exists().where(labels.c.prediction_id == table.id)
+    return (
+        sql.select(table.id, table.received_at, table.risk, table.threshold, table.abstained)
+        # Where most are read, asking for that first spares SQLite, which keeps to this order, the look for the picture.
+        .where(table.role == "champion", table.received_at >= since_us, ~read, _kept())
+        .order_by(table.received_at.desc())
+        .limit(MAX_ORDERED)
+    )
+
+
+def _order(row: sql.Row) -> tuple[bool, float, int, str]:
+    distance = 0.0
+    if not row.abstained:
+        known = row.risk is not None and row.threshold is not None
+        ratio = max(row.risk, _LEAST) / max(row.threshold, _LEAST) if known else math.inf
+        distance = max(ratio, 1 / ratio)
+    return not row.abstained, distance, row.received_at, row.id

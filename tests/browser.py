@@ -25,18 +25,16 @@ class Tab:
         page: Playwright's.
         problems: what the page threw, logged as an error or was refused by its policy, and requests to other hosts.
             Answers with an error status are no problem of the page.
-        bytes_by_url: bodies as they were sent, bytes.
     """
 
     def __init__(self, page: Page, url: str):
         self.page = page
         self.url = url
         self.problems: list[str] = []
-        self.bytes_by_url: dict[str, int] = {}
+        self._requests: list[Request] = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", self._note)
         page.on("request", self._check)
-        page.on("requestfinished", self._count)
 
     def _note(self, message: ConsoleMessage) -> None:
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
@@ -44,11 +42,21 @@ class Tab:
 
     def _check(self, request: Request) -> None:
         parts = urlsplit(request.url)
-        if parts.scheme not in ("data", "blob") and parts.netloc != urlsplit(self.url).netloc:
+        if parts.scheme in ("data", "blob"):
+            return
+        self._requests.append(request)
+        if parts.netloc != urlsplit(self.url).netloc:
             self.problems.append(f"{request.url} is not of this host")
 
-    def _count(self, request: Request) -> None:
-        self.bytes_by_url[request.url] = request.sizes()["responseBodySize"]
+    def bytes_by_url(self) -> dict[str, int]:
+        """Bodies of all that was asked for, as they were sent, bytes; waits for what is still on its way."""
+        sent = {}
+        for request in list(self._requests):
+            response = request.response()
+            assert response is not None, f"{request.url}: {request.failure}"
+            response.finished()
+            sent[request.url] = request.sizes()["responseBodySize"]
+        return sent
 
     def open(self, path: str = "/") -> Page:
         """Loads a page of the service, pictures included."""

@@ -7,14 +7,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from local.one_process import LocalFusion as LocalFusion
+from local.one_process import LocalScorer as LocalScorer
+from local.one_process import LocalSidecar as OneProcessSidecar
 from modeling.abstention import AbstentionRule
 from modeling.preprocessing import decode_image, image_quality, resize
 from monitoring.prediction_log import PredictionLog
 from serve.backend import Backend
-from serve.drift_logger import DriftLoggerLogic, LogEntry, open_log
-from serve.image_scorer import ImageScorerLogic
+from serve.drift_logger import LogEntry
 from serve.lesion_scoring import LesionScoring
-from serve.metadata_fusion import MetadataFusionLogic
 from serve.prediction_service import PredictionService
 from serve.records import RecordService
 from serve.sessions import Sessions
@@ -84,46 +85,11 @@ def storage(home: Path) -> StorageSettings:
     )
 
 
-class LocalScorer:
-    """`Scorer` in process."""
-
-    def __init__(self, reference: ModelReference):
-        self.logic = ImageScorerLogic(reference, max_batch_size=4)
-
-    async def score(self, images, deadline):
-        return self.logic.score(images)
-
-    def oldest_wait_s(self):
-        return 0.0
-
-    async def explain(self, image):
-        return self.logic.activation_map(image)
-
-    async def describe(self):
-        return self.logic.describe()
-
-
-class LocalFusion:
-    """`Fusion` in process."""
-
-    def __init__(self, reference: ModelReference):
-        self.logic = MetadataFusionLogic(reference)
-
-    async def fuse(self, log_probabilities, records):
-        return self.logic.fuse(log_probabilities, records)
-
-    async def fuse_patient(self, log_probabilities, records, trusted):
-        return self.logic.fuse_patient(log_probabilities, records, trusted)
-
-    async def describe(self):
-        return self.logic.describe()
-
-
-class LocalSidecar:
+class LocalSidecar(OneProcessSidecar):
     """`Sidecar` in process; while `down` is set, every call raises it."""
 
     def __init__(self, places: StorageSettings):
-        self.logic = DriftLoggerLogic(open_log(places))
+        super().__init__(places)
         self.down: Exception | None = None
         self.calls: list[list[LogEntry]] = []
 
@@ -134,15 +100,15 @@ class LocalSidecar:
     async def write(self, entries):
         self.calls.append(entries)
         self._answer()
-        return self.logic.commit(entries)
+        return await super().write(entries)
 
     async def find(self, caller, keys):
         self._answer()
-        return self.logic.find(caller, keys)
+        return await super().find(caller, keys)
 
     async def ping(self):
         self._answer()
-        return self.logic.ping()
+        return await super().ping()
 
 
 def prediction_service(

@@ -7,7 +7,7 @@ import sqlalchemy as sql
 
 from store.database import open_store
 from store.labels import NewLabel, add_label
-from store.review_queue import QueueItem, patient_lesions, review_counts, review_queue
+from store.review_queue import QueueItem, patient_lesions, review_queue
 from store.tables import images, predictions
 from tests.log_rows import prediction_row
 
@@ -37,7 +37,7 @@ def say(store, name: str, reader: str, malignant: bool, **fields) -> None:
 
 
 def names(store, reader: str = "Ada", **options) -> list[str]:
-    return [item.prediction_id for item in review_queue(store, reader, 0, **options)]
+    return [item.prediction_id for item in review_queue(store, reader, 0, **options).items]
 
 
 def test_missed_cancers_come_first_then_disagreements_abstentions_the_uncertain_and_the_oldest(log):
@@ -51,7 +51,7 @@ def test_missed_cancers_come_first_then_disagreements_abstentions_the_uncertain_
     say(log, "missed", "Ben", True)
     say(log, "two views", "Ben", True)
     say(log, "two views", "Cleo", False)
-    assert review_queue(log, "Ada", 0)[:3] == [
+    assert review_queue(log, "Ada", 0).items[:3] == [
         QueueItem("missed", "second_reading"),
         QueueItem("two views", "adjudication"),
         QueueItem("no answer", "abstained"),
@@ -87,7 +87,7 @@ def test_old_unread_lesions_shadows_and_lesions_without_a_picture_are_left_alone
     put(log, "erased", image_hash="b" * 64)
     put(log, "shadow", role="shadow")
     put(log, "new", received_at=50)
-    assert [item.prediction_id for item in review_queue(log, "Ada", 10)] == ["new"]
+    assert [item.prediction_id for item in review_queue(log, "Ada", 10).items] == ["new"]
 
 
 def test_what_was_put_off_comes_last(log):
@@ -101,10 +101,25 @@ def test_readers_see_how_many_they_have_read_and_how_many_are_left(log):
         put(log, f"p{index}")
     say(log, "p0", "Ada", False)
     say(log, "p0", "Ada", True)
-    counts = review_counts(log, "Ada", 0)
-    assert (counts.done, counts.left) == (1, 3)
+    queue = review_queue(log, "Ada", 0)
+    assert (queue.done, len(queue.items)) == (1, 3)
     # Ada's second thoughts called cancer what the model had let pass or not: either way others still have theirs.
-    assert review_counts(log, "Ben", 0).done == 0
+    assert review_queue(log, "Ben", 0).done == 0
+
+
+def test_a_lesion_whose_threshold_is_unknown_comes_after_those_that_can_be_compared(log):
+    put(log, "unknown", threshold=None)
+    put(log, "sure", risk=0.9)
+    put(log, "risk of none", risk=0.0)
+    assert names(log) == ["sure", "risk of none", "unknown"]
+
+
+def test_only_the_newest_unread_are_put_in_order_and_what_is_read_takes_no_place_among_them(log, monkeypatch):
+    monkeypatch.setattr("store.review_queue.MAX_ORDERED", 2)
+    for index in range(5):
+        put(log, f"p{index}", received_at=100 + index)
+    say(log, "p4", "Ben", False)
+    assert names(log) == ["p2", "p3"]
 
 
 def test_a_patient_s_other_lesions_come_without_anything_that_the_model_said(log):
