@@ -27,8 +27,8 @@ PATIENTS_A_DAY, LESIONS, PREVALENCE = 40, 8.0, 0.12
 CAMERA = Shift(red=0.86, green=0.98, blue=1.18, blur=1.6)
 OLDER = Shift(age_years=18.0)
 # Of the lesions that get a label. The retrainings' data sets hold them: with all of them they took three times as long.
-# With fewer cancers the gate could not tell a better candidate: with two of five, a third of resampled gate splits refused
-# it, with all one in ten.
+# With fewer cancers the gate could not tell a better candidate: with two of five, a third of resampled gate splits
+# refused it, with all one in ten.
 LABELLED = "labelled-metadata.csv"
 # First day and number of days, from 0; the days between are the ones that are not like the others.
 ORDINARY = ((0, 9), (10, 7), (18, 6), (25, 5))
