@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from serve.access import caller_of
 from serve.backend import Backend
-from serve.errors import invalid_field
 from serve.model_decisions import ModelDecisions
 from serve.models_view import context_views, engine_rows, rule_rows
-from serve.page_forms import read_form, text_field
+from serve.page_forms import read_form, reason_field, text_field
 from serve.page_templates import render
-from serve.reason import Reason
 from serve.rule_words import rule_words
 from serve.times import moment
 from store.candidates import CANDIDATE, is_one_of
@@ -28,7 +25,6 @@ MAX_DECISIONS = 50
 # Candidates that are shown in full; older ones stand in the list.
 _IN_FULL = 4
 
-_REASON: TypeAdapter[str] = TypeAdapter(Reason)
 _ACTIONS = {
     "approve": "approved",
     "reject": "rejected",
@@ -40,14 +36,6 @@ _ACTIONS = {
     "approval_refused": "could not approve: asked for its training",
     "deployed": "swapped into the service",
 }
-
-
-def _reason(text: str) -> str:
-    try:
-        return _REASON.validate_python(text)
-    except ValidationError as error:
-        wanted = "1 to 1000 characters of plain text"
-        raise invalid_field(f"reason: {text[:60]!r}; expected {wanted}") from error
 
 
 def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions) -> None:
@@ -116,19 +104,19 @@ def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions)
 
     async def approve(request: Request) -> Response:
         form = await read_form(request)
-        version, reason = request.path_params["version"], _reason(text_field(form, "reason"))
+        version, reason = request.path_params["version"], reason_field(form)
         await decisions.approve(version, caller_of(request).name, reason)
         return RedirectResponse(f"{MODELS_PATH}#model-{version}", 303)
 
     async def reject(request: Request) -> Response:
         form = await read_form(request)
-        version, reason = request.path_params["version"], _reason(text_field(form, "reason"))
+        version, reason = request.path_params["version"], reason_field(form)
         await decisions.reject(version, caller_of(request).name, reason)
         return RedirectResponse(f"{MODELS_PATH}#history", 303)
 
     async def rollback(request: Request) -> Response:
         form = await read_form(request)
-        reason = _reason(text_field(form, "reason"))
+        reason = reason_field(form)
         await decisions.ask_rollback(text_field(form, "model_version"), caller_of(request).name, reason)
         return RedirectResponse(MODELS_PATH, 303)
 

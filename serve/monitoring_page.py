@@ -15,23 +15,21 @@ from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from fastapi import FastAPI
-from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from serve.access import Caller, caller_of
 from serve.backend import Backend
 from serve.drift_view import drift_view
-from serve.errors import ApiError, invalid_field
+from serve.errors import ApiError
 from serve.label_routes import MAX_COMMENT_LENGTH
 from serve.lesion import parse_text
 from serve.monitoring_data import QUALITY_DAYS, Figures, Model, MonitoringData
 from serve.monitoring_status import HEADLINES, ReplicaState, findings, worst
-from serve.page_forms import read_form, text_field
+from serve.page_forms import read_form, reason_field, text_field
 from serve.page_templates import render
 from serve.paging import decode_cursor, encode_cursor
 from serve.quality_view import quality_views
-from serve.reason import Reason
 from serve.traffic_view import MIN_RISKS, risk_views, traffic_plot
 from store.alarm_topics import SEVERITIES
 from store.risk_samples import MAX_LABELS, SAMPLED_RISKS
@@ -68,7 +66,6 @@ _PER_PAGE = 25
 _NODES_S = 2.0
 _ALARM_ID = re.compile(r"[1-9][0-9]{0,17}")
 _RETRAINING_ID = re.compile(r"[0-9a-f]{32}")
-_REASON: TypeAdapter[str] = TypeAdapter(Reason)
 
 Found = TypeVar("Found")
 
@@ -248,10 +245,7 @@ def add_monitoring_routes(api: FastAPI, backend: Backend) -> None:
         if not caller.may("approver"):
             detail = f"session: role of the API key is {caller.role}; asking for a training needs approver or higher"
             raise ApiError(403, "forbidden", detail)
-        try:
-            reason = _REASON.validate_python(text_field(form, "reason"))
-        except ValidationError as error:
-            raise invalid_field("reason: expected 1 to 1000 characters, none of them a control character") from error
+        reason = reason_field(form)
         row = await data.request_retraining(reason, caller.name)
         return RedirectResponse(f"{Query.of(request).address(asked=row['id'])}#retraining", 303)
 

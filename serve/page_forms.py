@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hmac
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData
 from starlette.requests import Request
 
-from serve.errors import ApiError
+from serve.errors import ApiError, invalid_field
 from serve.page_access import session_of
+from serve.reason import Reason
 from serve.sessions import CSRF_FIELD
 
 _MAX_FIELDS = 100
+_REASON: TypeAdapter[str] = TypeAdapter(Reason)
 
 
 async def read_form(request: Request, max_files: int = 1) -> FormData:
@@ -31,3 +34,16 @@ def text_field(form: FormData, name: str) -> str:
     """A text field without blanks around it; "" where it is missing or is a file."""
     value = form.get(name)
     return value.strip() if isinstance(value, str) else ""
+
+
+def reason_field(form: FormData) -> str:
+    """The field `reason` of a decision.
+
+    Raises:
+        ApiError: 422, it is blank, too long, or no plain text.
+    """
+    text = text_field(form, "reason")
+    try:
+        return _REASON.validate_python(text)
+    except ValidationError as error:
+        raise invalid_field(f"reason: {text[:60]!r}; expected 1 to 1000 characters of plain text") from error

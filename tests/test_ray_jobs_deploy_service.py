@@ -401,3 +401,9 @@ assert not loaded & {"torch", "mlflow", "evidently", "training", "data_pipelines
     subprocess.run(
         [sys.executable, "-P", "-c", code, str(tmp_path / "code")], check=True, env=environment, cwd=Path(tmp_path)
     )
+
+
+def test_the_addresses_of_other_tools_reach_the_service(dermray_home):
+    links = {"ray_dashboard": "http://head.example:8265", "grafana": "https://figures.example/d/dermray"}
+    told = serve_settings(DeployServiceConfig(links=links), dermray_home / "releases" / "x.zip").links
+    assert (told.ray_dashboard, told.grafana, told.mlflow) == (*links.values(), None)
