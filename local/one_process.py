@@ -167,7 +167,10 @@ def on_loopback(api: Any, worker: Any = None) -> Iterator[str]:
             if worker is not None:
                 await worker.stop()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # asyncio sends small answers at once only where the socket names its protocol: without, each page takes 40 ms more.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         thread = threading.Thread(target=lambda: asyncio.run(serve(listener)), daemon=True)
         thread.start()
         try:
