@@ -36,6 +36,7 @@ _ACTIONS = {
     "rollback": "made the champion again",
     "ask_rollback": "asked to go back from it",
     "promotion_refused": "refused by the gate",
+    "rollback_refused": "could not go back from it",
     "approval_refused": "could not approve: asked for its training",
     "deployed": "swapped into the service",
 }

@@ -16,7 +16,7 @@ from store.database import Store
 from store.tables import approvals, audit, candidates
 
 PROMOTE, ROLLBACK, ASK_ROLLBACK = "promote", "rollback", "ask_rollback"
-PROMOTION_REFUSED = "promotion_refused"
+PROMOTION_REFUSED, ROLLBACK_REFUSED = "promotion_refused", "rollback_refused"
 DEPLOYED = "deployed"
 
 # Subjects that begin with "model/"; as a range, which an index serves in either database.
@@ -59,6 +59,11 @@ def champion_on_record(store: Store) -> Champion | None:
     return Champion(champion, earlier[-1] if earlier else None, rows[-1])
 
 
+def is_recorded(store: Store, registry_event: str) -> bool:
+    """Whether a promotion or rollback that the registry made is on record."""
+    return any(row["gate"].get("registry_event") == registry_event for row in store.approvals())
+
+
 def ask_rollback(store: Store, model_version: str, person: str, reason: str) -> dict[str, Any]:
     """Records that a person wants the champion left for the one before it; returns the row, of whoever asked first.
 
@@ -95,7 +100,8 @@ def open_rollback(store: Store) -> dict[str, Any] | None:
 
 
 def open_approvals(store: Store, limit: int) -> list[dict[str, Any]]:
-    """Approvals that wait for a promotion, newest first: of the newest `limit` candidates that are still ones."""
+    """Approvals that wait for a promotion, oldest first, so that the newest has the last word: of the newest `limit`
+    candidates that are still ones."""
     found = []
     for row in list_candidates(store, limit):
         if row["state"] == CANDIDATE and row["approvals"]:
@@ -103,7 +109,7 @@ def open_approvals(store: Store, limit: int) -> list[dict[str, Any]]:
             approval = open_approval(store, row["model_version"], row["digest"], asked)
             if approval is not None:
                 found.append(approval)
-    return sorted(found, key=lambda approval: -approval["id"])
+    return sorted(found, key=lambda approval: approval["id"])
 
 
 def unfinished(store: Store) -> dict[str, Any] | None:
@@ -141,7 +147,8 @@ def decisions(store: Store, limit: int) -> list[dict[str, Any]]:
     """The newest decisions about models, newest first, refused attempts among them: `at` (us), `action`, `person`,
     `model_version`, `reason`, `detail`."""
     table = audit.c
-    actions = (APPROVE, REJECT, PROMOTE, ROLLBACK, ASK_ROLLBACK, PROMOTION_REFUSED, APPROVAL_REFUSED, DEPLOYED)
+    actions = (APPROVE, REJECT, PROMOTE, ROLLBACK, ASK_ROLLBACK, DEPLOYED)
+    actions += (PROMOTION_REFUSED, ROLLBACK_REFUSED, APPROVAL_REFUSED)
     query = sql.select(audit).where(*_MODELS, table.action.in_(actions)).order_by(table.id.desc()).limit(limit)
     with store.reading() as connection:
         return [

@@ -293,9 +293,21 @@ class Store:
     def record_approval(
         self, model_version: str, approver: str, reason: str, decision: str = "promote", gate: dict | None = None
     ) -> int:
-        """Stores a named person's decision on a model version, with its audit entry; returns the approval's id."""
+        """Stores a named person's decision on a model version, with its audit entry; returns the approval's id.
+
+        Args:
+            gate: one with a `registry_event` is stored once, whoever comes first.
+        """
+        gate = gate or {}
+        key = gate.get("registry_event")
         with self.writing() as connection:
-            return self._record_decision(connection, model_version, approver, reason, decision, gate or {})
+            if key is not None:
+                if self.engine.dialect.name == "postgresql":
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+                for number, known in connection.execute(sql.select(approvals.c.id, approvals.c.gate)):
+                    if known.get("registry_event") == key:
+                        return number
+            return self._record_decision(connection, model_version, approver, reason, decision, gate)
 
     def _record_decision(
         self, connection: Connection, model_version: str, person: str, reason: str, decision: str, gate: dict[str, Any]
