@@ -205,17 +205,22 @@ class Registry(MlflowRuns):
             raise ValueError(f"version {champion} of model {self.model_name!r} has no earlier champion to roll back to")
         return self.resolve(earlier[-1])
 
-    def rollback(self, approver: str, reason: str) -> dict[str, Any]:
+    def rollback(self, approver: str, reason: str, leaving: str | None = None) -> dict[str, Any]:
         """Makes the previous champion the champion again; returns the event as `promote` does.
 
-        Rolling back twice goes back by two promotions.
+        Rolling back twice goes back by two promotions, except with `leaving`.
+
+        Args:
+            leaving: version of the champion to leave; where another process just did, nothing changes.
 
         Raises:
-            ValueError: blank approver, no champion, or none before it.
+            ValueError: blank approver, no champion, none before it, or another champion than `leaving`.
         """
-        return self._move_champion("rollback", self.previous_champion().version, approver, reason, {})
+        return self._move_champion("rollback", self.previous_champion().version, approver, reason, {}, leaving)
 
-    def _move_champion(self, action: str, version: str, approver: str, reason: str, gate: dict) -> dict[str, Any]:
+    def _move_champion(
+        self, action: str, version: str, approver: str, reason: str, gate: dict, leaving: str | None = None
+    ) -> dict[str, Any]:
         if not approver.strip():
             raise ValueError("approver is blank; expected the name of the person who approves")
         client = self.client
@@ -223,8 +228,12 @@ class Registry(MlflowRuns):
             current = self._aliases().get(CHAMPION)
             history = self.history()
             last = history[-1] if history else {}
-            if current == version:
+            if leaving not in (None, current) and (last.get("action"), last.get("previous")) == ("rollback", leaving):
+                return {**last, "changed": False}
+            if current == version and leaving in (None, current):
                 return {**(last if last.get("version") == version else {"version": version}), "changed": False}
+            if leaving not in (None, current):
+                raise ValueError(f"the champion of model {self.model_name!r} became version {current} meanwhile")
             event = last
             # An equal last event whose alias never moved was cut off; it is finished, not repeated.
             if (last.get("action"), last.get("version"), last.get("previous")) != (action, version, current):

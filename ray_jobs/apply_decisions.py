@@ -8,12 +8,13 @@ It asks for nobody's name: the one who decided stands in the history, and the ga
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from modeling.registry import CHAMPION
+from modeling.registry import CHAMPION, Registry
 from ray_jobs import promote_model
 from ray_jobs.job import REPO_ROOT, JobConfig, Location, parse_config, run_job, say
 from ray_jobs.promote_model import PromoteModelConfig
@@ -65,28 +66,53 @@ def _next(store: Store, tried: set[int]) -> tuple[int, str, dict[str, Any]] | No
     return None
 
 
+def _check_on_record(promotion: PromoteModelConfig) -> None:
+    """That the champion is one by a decision: of an alias that was set by other means nothing was cut off, and whoever
+    set it may have deployed it, or something else, as well."""
+    registry = Registry(promotion.tracking_uri, promotion.model_name, promotion.artifact_root)
+    champion, last = registry.resolve(CHAMPION), (registry.history() or [{}])[-1]
+    if last.get("version") != champion.version:
+        raise ValueError(
+            f"version {champion.version} is the champion by no decision on record; deploy_service swaps it in"
+        )
+
+
+def _do(promotion: PromoteModelConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    if fields["model"] == CHAMPION:
+        _check_on_record(promotion)
+    return promote_model.run(PromoteModelConfig.model_validate({**promotion.model_dump(), **fields}))
+
+
 def apply_next(promotion: PromoteModelConfig, store: Store, tried: set[int]) -> dict[str, Any] | None:
     """Does the next decision; returns what came of it, or None where there is none.
 
     Args:
         tried: numbers of decisions that are left alone; the one that is done, or refused, comes to them.
+
+    Raises:
+        StoreUnavailableError: the decision may be tried again.
     """
     found = _next(store, tried)
     if found is None:
         return None
     number, words, fields = found
-    tried.add(number)
     say(words)
     try:
-        done = promote_model.run(PromoteModelConfig.model_validate({**promotion.model_dump(), **fields}))
-    except (ValueError, FileNotFoundError) as error:
-        say(f"not done: {error}")
-        if fields.get("rollback"):
-            # For whoever waits for it; what the gate refuses is on record already.
-            record_refusal(
-                store, fields["approver"], ROLLBACK_REFUSED, f"model/{fields['model']}", {"reason": str(error)}
-            )
-        return {"decision": words, "refused": str(error)}
+        done = _do(promotion, fields)
+    except StoreUnavailableError:
+        raise
+    except Exception as error:  # the registry's, Ray's and object storage's share no base; others wait behind this one
+        expected = isinstance(error, (ValueError, FileNotFoundError))
+        why = str(error) if expected else f"{type(error).__name__}: {error}"
+        say(f"not done: {why}" if expected else traceback.format_exc())
+        order = open_rollback(store)
+        if order is not None and order["id"] == number:
+            # Whoever asked looks at the page, not at this job's log.
+            detail = {"order": number, "reason": why}
+            record_refusal(store, order["approver"], ROLLBACK_REFUSED, f"model/{order['model_version']}", detail)
+        tried.add(number)
+        return {"decision": words, "refused": why}
+    tried.add(number)
     shown = ("action", "champion", "previous", "changed", "approver")
     return {"decision": words} | {name: done[name] for name in shown}
 

@@ -32,7 +32,7 @@ from store.candidates import (
     open_approval,
     requesters,
 )
-from store.champions import PROMOTION_REFUSED, note_deployed, record_move
+from store.champions import PROMOTION_REFUSED, is_recorded, note_deployed, record_move
 from store.database import Store, open_store
 from store.refusals import record_refusal
 from store.synced_files import replace_synced
@@ -176,6 +176,15 @@ def _record(store: Store, event: dict[str, Any], deploy: bool) -> None:
     record_move(store, event["action"], event["version"], event["approver"], event["reason"], gate)
 
 
+def _finish_last(config: PromoteModelConfig, registry: Registry, store: Store) -> None:
+    """Records what made the champion, if that run was cut off before it could: after another decision it would be lost,
+    and its approval would count a second time."""
+    champion, last = registry.find(CHAMPION), (registry.history() or [{}])[-1]
+    if champion is not None and last.get("version") == champion.version and not is_recorded(store, _key(last)):
+        _record(store, last, config.deploy)
+        _mark(store, registry, {**last, "digest": champion.digest})
+
+
 def _mark(store: Store, registry: Registry, event: dict[str, Any]) -> None:
     """What the service shows of the candidates; one that its training did not tell the store of stays unknown."""
     mark_candidate(store, event["version"], event["digest"], PROMOTED)
@@ -184,18 +193,22 @@ def _mark(store: Store, registry: Registry, event: dict[str, Any]) -> None:
         mark_candidate(store, left.version, left.digest, REJECTED)
 
 
-def _approval(config: PromoteModelConfig, store: Store, version: str, digest: str) -> tuple[str, str]:
-    """Who decides, and why: the config's approver, `--auto`'s, else the last one of this version.
-
-    Raises:
-        ValueError: nobody has, or only who asked for the training; or a person has rejected it.
-    """
+def _refuse_rejected(store: Store, version: str, digest: str) -> None:
     rejection = find_rejection(store, version, digest)
     if rejection is not None:
         raise ValueError(
             f"version {version} was rejected by {rejection['approver']} ({rejection['reason']}); expected another "
             "candidate"
         )
+
+
+def _approval(config: PromoteModelConfig, store: Store, version: str, digest: str) -> tuple[str, str]:
+    """Who decides, and why: the config's approver, `--auto`'s, else the last one of this version.
+
+    Raises:
+        ValueError: nobody has, or only who asked for the training; or a person has rejected it.
+    """
+    _refuse_rejected(store, version, digest)
     asked = requesters(store, version, digest)
     given = config.auto_promotion.configured_by.strip() if config.auto else config.approver
     if given is not None:
@@ -259,6 +272,8 @@ def _promote(config: PromoteModelConfig, registry: Registry, store: Store) -> di
             mark_candidate(store, target.version, bundle.digest, REJECTED)
         failed = "; ".join(str(result) for result in report.failed)
         raise ValueError(f"version {target.version} of {config.model_name!r} does not pass the gate: {failed}")
+    # The gate may have taken long enough for somebody to look at its table.
+    _refuse_rejected(store, target.version, bundle.digest)
     event = registry.promote(target.version, approver, reason, kept)
     return {**event, "digest": bundle.digest}
 
@@ -277,7 +292,8 @@ def _rollback(config: PromoteModelConfig, registry: Registry) -> dict[str, Any]:
             raise ValueError(f"model = {config.model!r}: version {leaving} is not the champion, {champion.version} is")
     previous: ModelVersion = registry.previous_champion()
     load_bundle(previous.uri, previous.digest)
-    return {**registry.rollback(config.approver, config.reason), "digest": previous.digest}
+    event = registry.rollback(config.approver, config.reason, champion.version)
+    return {**event, "digest": previous.digest}
 
 
 def _deploy_config(config: PromoteModelConfig) -> DeployServiceConfig | None:
@@ -319,6 +335,7 @@ def run(config: PromoteModelConfig) -> dict[str, Any]:
     registry = Registry(config.tracking_uri, config.model_name, config.artifact_root)
     # Opened first: without a store to record the decision in, the champion must not move.
     store = open_store(config.store_url)
+    _finish_last(config, registry, store)
     event = _rollback(config, registry) if config.rollback else _promote(config, registry, store)
     _record(store, event, config.deploy)
     _mark(store, registry, event)

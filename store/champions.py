@@ -79,6 +79,11 @@ def _one_at_a_time(connection: Connection) -> None:
         connection.execute(sql.select(sql.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
 
 
+def is_recorded(store: Store, registry_event: str) -> bool:
+    """Whether a promotion or rollback that the registry made is on record."""
+    return any(row["gate"].get("registry_event") == registry_event for row in store.approvals())
+
+
 def ask_rollback(store: Store, model_version: str, person: str, reason: str) -> dict[str, Any]:
     """Records that a person wants the champion left for the one before it; returns the row, of whoever asked first.
 
@@ -113,7 +118,8 @@ def open_rollback(store: Store) -> dict[str, Any] | None:
 
 
 def open_approvals(store: Store, limit: int) -> list[dict[str, Any]]:
-    """Approvals that wait for a promotion, newest first: of the newest `limit` candidates that are still ones."""
+    """Approvals that wait for a promotion, oldest first, so that the newest has the last word: of the newest `limit`
+    candidates that are still ones."""
     found = []
     for row in list_candidates(store, limit):
         if row["state"] == CANDIDATE and row["approvals"]:
@@ -121,7 +127,7 @@ def open_approvals(store: Store, limit: int) -> list[dict[str, Any]]:
             approval = open_approval(store, row["model_version"], row["digest"], asked)
             if approval is not None:
                 found.append(approval)
-    return sorted(found, key=lambda approval: -approval["id"])
+    return sorted(found, key=lambda approval: approval["id"])
 
 
 def unfinished(store: Store) -> dict[str, Any] | None:

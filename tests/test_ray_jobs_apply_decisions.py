@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -11,7 +12,7 @@ from ray_jobs import apply_decisions, deploy_service, export_engine, promote_mod
 from ray_jobs.apply_decisions import ApplyDecisionsConfig
 from store.candidates import approve_candidate, find_candidate, record_candidate, reject_candidate
 from store.champions import ask_rollback, champion_on_record, decisions, open_rollback
-from store.database import open_store
+from store.database import StoreUnavailableError, open_store
 from store.model_facts import find_model_facts
 from tests.tiny_bundle import tiny_bundle
 
@@ -62,6 +63,10 @@ class Clinic:
     def apply(self, **values):
         return apply_decisions.run(ApplyDecisionsConfig(promote_config=str(self.promote_file), **values))
 
+    def promote(self, *flags):
+        """What an operator does by hand."""
+        promote_model.run(promote_model.parse_config(promote_model.PromoteModelConfig, flags, self.promote_file))
+
     def decisions(self):
         return [(row["decision"], row["model_version"], row["approver"]) for row in reversed(self.store.approvals())]
 
@@ -101,22 +106,6 @@ def test_a_rollback_that_was_asked_for_is_done_in_the_name_of_who_asked(clinic):
     assert clinic.deployed == ["1", "2", "1"] and open_rollback(clinic.store) is None
     assert [find_candidate(clinic.store, version)["state"] for version in "12"] == ["promoted", "rejected"]
     assert clinic.apply() == {"done": [], "refused": []}
-
-
-def test_a_rollback_that_cannot_be_done_is_on_record_and_tried_again_by_the_next_run(clinic, monkeypatch):
-    for _ in range(2):
-        clinic.candidate()
-        clinic.apply()
-    ask_rollback(clinic.store, "2", "Cleo", "misses on site 4")
-    with monkeypatch.context() as patch:
-        patch.setattr(promote_model, "load_bundle", lambda *_: (_ for _ in ()).throw(ValueError("bundle is gone")))
-        for _ in range(2):
-            assert clinic.apply()["refused"][0]["refused"] == "bundle is gone"
-    refusals = [row for row in decisions(clinic.store, 20) if row["action"] == "rollback_refused"]
-    assert [(row["person"], row["model_version"], row["reason"]) for row in refusals] == [
-        ("Cleo", "2", "bundle is gone")
-    ]
-    assert [row["champion"] for row in clinic.apply()["done"]] == ["1"]
 
 
 def test_going_back_comes_before_what_was_approved(clinic):
@@ -191,6 +180,114 @@ def test_a_service_that_did_not_swap_is_swapped_by_the_next_run(clinic):
     assert done["champion"] == "1" and done["changed"] is False and clinic.deployed == ["1"]
 
 
+def once_before(monkeypatch, owner, name, act):
+    """Has `act` happen when `name` is called next, before it does anything."""
+    real = getattr(owner, name)
+
+    def first(*arguments, **values):
+        monkeypatch.setattr(owner, name, real)
+        act()
+        return real(*arguments, **values)
+
+    monkeypatch.setattr(owner, name, first)
+
+
+def test_two_jobs_that_go_back_at_once_go_back_by_one(clinic, monkeypatch):
+    for _ in range(3):
+        clinic.candidate()
+        clinic.apply()
+    ask_rollback(clinic.store, "3", "Cleo", "misses on site 4")
+    once_before(monkeypatch, promote_model, "load_bundle", clinic.apply)
+    clinic.apply()
+    assert clinic.registry.resolve("champion").version == "2"
+    assert [row[0] for row in clinic.decisions()].count("rollback") == 1
+    assert champion_on_record(clinic.store)[:2] == ("2", "1")
+
+
+def test_two_jobs_that_promote_at_once_record_it_once(clinic, monkeypatch):
+    clinic.candidate()
+    once_before(monkeypatch, type(clinic.store), "record_approval", clinic.apply)
+    clinic.apply()
+    assert clinic.decisions() == [("approve", "1", "Ada"), ("promote", "1", "Ada")]
+
+
+def test_who_rejects_while_the_gate_judges_is_heard(clinic, monkeypatch):
+    clinic.candidate()
+
+    def reject():
+        reject_candidate(clinic.store, find_candidate(clinic.store, "1"), "Bob", "scars")
+
+    once_before(monkeypatch, promote_model, "judge_candidate", reject)
+    assert "version 1 was rejected by Bob" in clinic.apply()["refused"][0]["refused"]
+    assert clinic.registry.find("champion") is None and find_candidate(clinic.store, "1")["state"] == "rejected"
+
+
+def test_a_promotion_cut_off_before_its_record_is_recorded_before_another(clinic, monkeypatch):
+    clinic.candidate()
+    clinic.apply()
+    clinic.candidate()
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(promote_model, "_record", kill)
+        clinic.apply()
+    clinic.candidate(approved_by=None)
+    clinic.promote("--approver", "Eve", "--model", "3")
+    assert clinic.decisions()[2:] == [("approve", "2", "Ada"), ("promote", "2", "Ada"), ("promote", "3", "Eve")]
+    # Its approval was used: it does not come back over the one who followed.
+    assert clinic.apply() == {"done": [], "refused": []}
+    assert find_candidate(clinic.store, "2")["state"] == "promoted"
+    assert champion_on_record(clinic.store)[:2] == ("3", "2") == ("3", clinic.registry.previous_champion().version)
+
+
+def test_of_two_approved_candidates_the_one_approved_last_has_the_last_word(clinic):
+    """As if the job had run after each."""
+    for _ in range(2):
+        clinic.candidate()
+    assert [row["champion"] for row in clinic.apply()["done"]] == ["1", "2"]
+
+
+def test_a_champion_set_by_other_means_is_not_swapped_in_again_and_again(clinic):
+    clinic.candidate()
+    clinic.down = True
+    clinic.apply()
+    clinic.down = False
+    clinic.candidate(approved_by=None)
+    clinic.registry.client.set_registered_model_alias(clinic.registry.model_name, "champion", "2")
+    for _ in range(2):
+        (refused,) = clinic.apply()["refused"]
+        assert "version 2 is the champion by no decision on record" in refused["refused"]
+    assert clinic.deployed == []
+
+
+def test_a_rollback_that_cannot_be_done_says_why_where_people_look(clinic):
+    for _ in range(2):
+        clinic.candidate()
+        clinic.apply()
+    ask_rollback(clinic.store, "2", "Cleo", "misses on site 4")
+    shutil.rmtree(clinic.registry.resolve("1").uri.removeprefix("file://"))
+    for _ in range(2):
+        assert "no bundle at" in clinic.apply()["refused"][0]["refused"]
+    rows = [row for row in decisions(clinic.store, 50) if row["action"] == "rollback_refused"]
+    assert [(row["model_version"], row["person"]) for row in rows] == [("2", "Cleo")]
+    assert "no bundle at" in rows[0]["reason"] and open_rollback(clinic.store) is not None
+
+
+def test_what_fails_in_an_unforeseen_way_holds_up_nothing_else(clinic, monkeypatch):
+    for _ in range(2):
+        clinic.candidate()
+
+    def down():
+        raise ConnectionError("no registry")
+
+    once_before(monkeypatch, promote_model, "gather_evidence", down)
+    outcome = clinic.apply()
+    assert outcome["refused"][0]["refused"] == "ConnectionError: no registry"
+    assert [row["champion"] for row in outcome["done"]] == ["2"]
+
+
 class Seen(Exception):
     """What the watch did; it would go on for an hour."""
 
@@ -207,6 +304,29 @@ def test_while_it_watches_a_decision_is_done_soon(clinic, monkeypatch):
 
     monkeypatch.setattr(apply_decisions, "apply_next", looks)
     with pytest.raises(Seen, match="1"):
+        clinic.apply(watch_s=3600, poll_s=0.1)
+    assert clinic.deployed == ["1"]
+
+
+def test_while_it_watches_a_store_that_is_down_for_a_moment_delays_a_decision_only(clinic, monkeypatch):
+    clinic.candidate()
+
+    def down():
+        raise StoreUnavailableError("locked")
+
+    once_before(monkeypatch, promote_model, "run", down)
+    look = apply_decisions.apply_next
+
+    def looks(*arguments):
+        outcome = look(*arguments)
+        raise Seen("tried again" if outcome is not None else "given up")
+
+    def fails_first(*arguments):
+        monkeypatch.setattr(apply_decisions, "apply_next", looks)
+        return look(*arguments)
+
+    monkeypatch.setattr(apply_decisions, "apply_next", fails_first)
+    with pytest.raises(Seen, match="tried again"):
         clinic.apply(watch_s=3600, poll_s=0.1)
     assert clinic.deployed == ["1"]
 

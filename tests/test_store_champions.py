@@ -139,7 +139,7 @@ def test_approvals_wait_until_a_promotion_uses_them(store):
     approve_candidate(store, find_candidate(store, "2"), "Ada", "good")
     approve_candidate(store, find_candidate(store, "1"), "Ada", "better")
     approve_candidate(store, find_candidate(store, "3"), "Bob", "mine")  # asked for it: does not count
-    assert [row["model_version"] for row in open_approvals(store, 100)] == ["1", "2"]
+    assert [row["model_version"] for row in open_approvals(store, 100)] == ["2", "1"]
     move(store, "promote", "1", None)
     assert [row["model_version"] for row in open_approvals(store, 100)] == ["2"]
     assert open_approval(store, "1", DIGESTS["1"]) is None
