@@ -94,7 +94,7 @@ def add_models_routes(api: FastAPI, backend: Backend, decisions: ModelDecisions)
             served=service.model.reference.version,
             waiting=None if waiting is None else waiting | {"at": moment(waiting["decided_at"])},
             candidates=[
-                _candidate(row, facts[row["digest"]], current["facts"], is_one_of(name, by), name)
+                _candidate(row, facts[row["digest"]], current, is_one_of(name, by), name)
                 for row, by in zip(in_full, asked, strict=True)
             ],
             others=[{**row, "made": moment(row["created_at"]), "in_full": row in in_full} for row in others],
@@ -130,8 +130,10 @@ def _subgroups(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return metrics.get("clinical", {}).get("subgroups", [])
 
 
-def _candidate(row: dict[str, Any], facts: Facts, champion: Facts, is_own: bool, person: str) -> dict[str, Any]:
+def _candidate(row: dict[str, Any], facts: Facts, current: dict[str, Any], is_own: bool, person: str) -> dict[str, Any]:
     """What the template shows of a candidate in full; `is_own`: this person asked for its training."""
+    # Differences from an earlier champion say nothing of today's.
+    outdated = facts.gate is not None and facts.gate["champion_version"] not in (None, current["version"])
     rules = [] if facts.gate is None else rule_rows(facts.gate)
     return {
         "state": row["state"],
@@ -143,7 +145,8 @@ def _candidate(row: dict[str, Any], facts: Facts, champion: Facts, is_own: bool,
         "approvals": [{**found, "at": moment(found["decided_at"])} for found in row["approvals"]],
         "is_own": is_own,
         "approved_here": is_one_of(person, [found["approver"] for found in row["approvals"]]),
-        "contexts": context_views(facts, champion),
+        "outdated": outdated,
+        "contexts": context_views(facts._replace(gate=None) if outdated else facts, current["facts"]),
         "engines": {device: engine_rows(found) for device, found in facts.engines.items()},
         "gate": facts.gate,
         "judged": None if facts.judged_at is None else moment(facts.judged_at),

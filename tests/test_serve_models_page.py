@@ -180,6 +180,15 @@ def test_older_versions_are_shown_when_asked_for_and_decided_ones_take_no_decisi
     assert page.get("/models?version=<b>").status_code == 200
 
 
+def test_differences_from_an_earlier_champion_are_not_shown_beside_todays(clinic):
+    a_candidate_and_a_champion(clinic.store)
+    assert "+0.030" in clinic.page()
+    clinic.store.record_approval("2", "Ada", "misses on site 4", "rollback", {"previous": "3"})
+    shown = text_of(clinic.page())
+    assert "+0.030" not in shown and "that only the champion finds" not in shown
+    assert "Version 2 is the champion by now: the gate will judge it again beside that one." in shown
+
+
 def test_a_rollback_that_could_not_be_done_says_why(clinic):
     a_candidate_and_a_champion(clinic.store)
     record_refusal(clinic.store, "Ada", "rollback_refused", "model/3", {"reason": "bundle of version 2 is gone"})
