@@ -13,7 +13,6 @@ import cv2
 import h5py
 import numpy as np
 import onnxruntime
-import pandas as pd
 
 from data_pipelines.synthetic_dataset import Shift, write_sample
 from local import replay
@@ -26,10 +25,6 @@ from monitoring.prediction_log import EMBEDDING_NAMES
 PATIENTS_A_DAY, LESIONS, PREVALENCE = 40, 8.0, 0.12
 CAMERA = Shift(red=0.86, green=0.98, blue=1.18, blur=1.6)
 OLDER = Shift(age_years=18.0)
-# Of the lesions that get a label. The retrainings' data sets hold them: with all of them they took three times as long.
-# With fewer cancers the gate could not tell a better candidate: with two of five, a third of resampled gate splits
-# refused it, with all one in ten.
-LABELLED = "labelled-metadata.csv"
 # First day and number of days, from 0; the days between are the ones that are not like the others.
 ORDINARY = ((0, 9), (10, 7), (18, 6), (25, 5))
 CAMERA_DAY, AGE_DAY, EMBEDDING_DAY = 9, 17, 24
@@ -79,17 +74,12 @@ class Month:
         return self._replay("send", name, "--images", str(self.part(name) / "train-image.hdf5"), *flags)
 
     def label(self, name: str, until: datetime, delay_days: float) -> dict[str, Any]:
-        """Sends what experts had said of a data set by `until`: of all cancers, and of two other lesions in five."""
-        folder = self.part(name)
-        table = pd.read_csv(folder / "train-metadata.csv", low_memory=False)
-        read = (table["target"] == 1) | (np.arange(len(table)) % 5 < 2)
-        table[read].to_csv(folder / LABELLED, index=False)
+        """Sends what experts had said of a data set by `until`."""
         return self._replay("label", name, "--until", until.isoformat(), "--delay-days", str(delay_days))
 
     def _replay(self, verb: str, name: str, *flags: str) -> dict[str, Any]:
         folder = self.part(name)
-        metadata = folder / (LABELLED if verb == "label" else "train-metadata.csv")
-        files = ["--metadata", str(metadata), "--answers", str(folder / "answers.csv")]
+        files = ["--metadata", str(folder / "train-metadata.csv"), "--answers", str(folder / "answers.csv")]
         result: list[str] = []
         status = replay.main(["--url", self.url, verb, *files, *flags], result.append)
         assert status == 0, f"replay {verb} of {name}: {result}"

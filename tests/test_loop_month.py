@@ -3,6 +3,7 @@ promotion, a rollback. Real jobs on a real cluster, traffic through the API."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -71,6 +72,11 @@ def month(ray_connected, tmp_path_factory) -> Iterator[Month]:
     home = tmp_path_factory.mktemp("month") / "home"
     home.mkdir()
     month = Month(home, ray_connected, datetime.now(UTC).date() - timedelta(days=DAYS + 10))
+    # The gate split follows from the patients' pseudonyms: with a key of its own, each run would judge the candidates
+    # on other lesions, and now and then refuse the better one.
+    key = home / "secrets" / "patient_hmac.key"
+    key.parent.mkdir(mode=0o700)
+    key.write_bytes(hashlib.sha256(b"a month").digest())
     sample = ["--num-patients", "400", "--lesions-per-patient", "8", "--prevalence", str(PREVALENCE), "--seed", "7"]
     month.job("make_sample", "--out", str(home / "samples" / "demo"), *sample)
     month.job("prepare_dataset", "--config", str(DEMO / "prepare_dataset.yaml"), "--num-folds", "2")
